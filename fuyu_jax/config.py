@@ -1,0 +1,312 @@
+"""The whole configuration as frozen, typed dataclasses, and how a run's flags change it.
+
+`configs/*.py` each define `get_config() -> TrainConfig`; `--config=configs/x.py
+--config.optim.peak_lr=1e-3` loads one and replaces a field. (ml_collections.config_flags sets
+attributes in place, which a frozen dataclass refuses, and its errors take several lines.)
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from fuyu_jax.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder block, parameterised; the defaults are Fuyu's (Persimmon's) at a small size."""
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 0  # 0: as many as num_heads
+    head_dim: int = 32
+    mlp_dim: int = 512
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    mlp: Literal["relu2", "gelu_gated", "silu_gated"] = "relu2"
+    qk_norm: bool = True
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    tie_embeddings: bool = False
+    rotary_fraction: float = 0.5
+    rotary_base: float = 25_000.0
+    image_attention: Literal["causal", "bidirectional"] = "causal"
+    window: int = 0  # how many positions back a token sees; 0: all of its segment
+    patch_size: int = 30
+    init_std: float = 0.02
+    patch_init_std: float = 0.0  # 0: init_std
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    attention_backend: Literal["auto", "blockwise", "reference"] = "auto"
+    remat: Literal["none", "full"] = "none"
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def patch_channels(self) -> int:
+        """Bytes of a patch, C."""
+        return self.patch_size**2 * 3
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and how they fill rows."""
+
+    source: Literal["demo", "llava"] = "demo"
+    data_dir: str = "~/.cache/fuyu_jax/demo"  # demo: where the set is prepared
+    demo_train_images: int = 0  # demo: 0 for the builder's own size
+    train_json: str = ""  # llava: a LLaVA-style JSON or JSONL file
+    validation_json: str = ""  # llava: "" for none
+    test_json: str = ""  # llava: "" for the validation file
+    image_dir: str = ""  # llava: "" for the JSON file's folder
+    tokenizer: str = ""  # a sentencepiece model; "": the demo's own, or trained on train_json
+    tokenizer_vocab: int = 1536  # pieces, when it is trained here
+    tokens_per_row: int = 1024  # S
+    patches_per_row: int = 960  # P
+    max_image_height: int = 1080
+    max_image_width: int = 1920
+    pad_value: int = 1  # of the bottom and right edge, in 0..255
+    plan_block: int = 4096  # examples planned together
+    max_bad_examples: int = 10  # training stops when more images than this are missing or broken
+    prefetch_rows: int = 16
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    peak_lr: float = 1e-3
+    end_lr_ratio: float = 0.1
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # of matrices; norms, biases and embeddings have none
+    clip_norm: float = 1.0
+    muon_lr: float = 0.02  # muon: of the layers' matrices; the rest takes peak_lr with AdamW
+    # (regular expression over parameter paths, factor on the learning rate); the first match counts
+    lr_multipliers: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation by generation."""
+
+    every: int = 500  # steps between validations; 0: never
+    examples: int = 128  # of a validation during training
+    batch_size: int = 64
+    max_new_tokens: int = 48
+    final_examples: int = 0  # of each split at the end of training; 0: all of them
+    summary: bool = True  # evaluate test (and blind, and compositional) at the end
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    name: str = "run"
+    workdir: str = "workdir"
+    seed: int = 0
+    num_steps: int = 1000
+    rows_per_batch: int = 8  # B, over all hosts, in each accumulation step
+    grad_accum: int = 1
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    progress: bool = True
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+# What may differ when a run is taken up again: it changes what is shown or kept, not what is
+# learnt. Everything else belongs to the work folder.
+RESUMABLE_CHANGES = frozenset(
+    {
+        "workdir",
+        "log_every",
+        "progress",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "data.prefetch_rows",
+        "data.threads",
+        "data.max_bad_examples",
+        "model.attention_backend",
+        "model.remat",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+    }
+)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"optim.peak_lr": 1e-3, ...}` in the order of the fields."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def replace(config: Any, changes: dict[str, Any]) -> Any:
+    """A config with fields replaced by dotted name; values are checked against their types.
+
+    Raises:
+      UserError: an unknown name (the nearest right one is named) or a value of another type.
+    """
+    for name, value in changes.items():
+        config = _replace_one(config, name, name.split("."), value)
+    return config
+
+
+def _replace_one(config: Any, name: str, path: list[str], value: Any) -> Any:
+    hints = typing.get_type_hints(type(config))
+    here = path[0]
+    if here not in hints:
+        root = name[: len(name) - len(".".join(path))]
+        known = {k: k for k in hints} | {k.split(".")[-1]: k for k in flatten(config)}
+        # A right name in the wrong group ("peak_lr" for "optim.peak_lr") is told too.
+        hint = nearest(here, known)
+        for short, full in known.items():
+            hint = hint.replace(f'"{short}"', f'"{root}{full}"')
+        raise UserError(f'unknown config key "{name}"{hint}')
+    current = getattr(config, here)
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(current):
+            raise UserError(f'unknown config key "{name}": "{here}" is a value, not a group')
+        return dataclasses.replace(config, **{here: _replace_one(current, name, path[1:], value)})
+    if dataclasses.is_dataclass(current):
+        inner = ", ".join(f"{name}.{k}" for k in list(flatten(current))[:3])
+        raise UserError(f'config key "{name}" is a group; set a field of it, such as {inner}')
+    return dataclasses.replace(config, **{here: _typed(name, hints[here], value)})
+
+
+def _typed(name: str, hint: Any, value: Any) -> Any:
+    """`value` (a flag's text, or a Python value) as the field's type."""
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            options = [str(a) for a in typing.get_args(hint)]
+            raise UserError(
+                f'config key "{name}": {value!r} is unknown{nearest(str(value), options)}'
+            )
+        return value
+    if typing.get_origin(hint) in (tuple, types.GenericAlias):
+        try:
+            pairs = json.loads(value) if isinstance(value, str) else value
+            return tuple((str(pattern), float(factor)) for pattern, factor in pairs)
+        except (ValueError, TypeError):
+            raise UserError(
+                f'config key "{name}": {value!r} is not a list such as [["patch", 2.0]]'
+            ) from None
+    try:
+        if hint is bool:
+            words = {"true": True, "1": True, "false": False, "0": False}
+            return value if isinstance(value, bool) else words[str(value).lower()]
+        if hint is int:
+            if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+                raise ValueError
+            return int(value.replace("_", "")) if isinstance(value, str) else int(value)
+        if hint is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        if not isinstance(value, str):
+            raise ValueError
+        return value
+    except (ValueError, KeyError):
+        raise UserError(f'config key "{name}": {value!r} is not of type {hint.__name__}') from None
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Loads a config file and applies overrides.
+
+    Args:
+      path: a Python file with `get_config() -> TrainConfig`.
+      overrides: `optim.peak_lr=1e-3` and the like.
+
+    Raises:
+      UserError: no such file, a file without `get_config`, an unknown key, an ill-typed value.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py"))
+        raise UserError(f"config {path}: no such file{nearest(path, known) if known else ''}")
+    spec = importlib.util.spec_from_file_location(f"fuyu_jax_config_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config {path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, TrainConfig):
+        raise UserError(
+            f"config {path}: get_config() gave {type(config).__name__}, not TrainConfig"
+        )
+    changes = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f'override "{override}": write it as --config.{name}=VALUE')
+        changes[name] = value
+    return replace(config, changes)
+
+
+def to_json(config: TrainConfig) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> TrainConfig:
+    """A config written by `to_json`; a field that this version lacks is an error."""
+    flat: dict[str, Any] = {}
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                flat[prefix + key] = value
+
+    walk(json.loads(text), "")
+    return replace(TrainConfig(), flat)
+
+
+def differences(ours: TrainConfig, theirs: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ: `{"optim.peak_lr": (ours, theirs)}`."""
+    a, b = flatten(ours), flatten(theirs)
+    return {k: (a[k], b[k]) for k in a if a[k] != b[k]}
+
+
+def digest(value: Any) -> str:
+    """A short, stable hash of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,41 @@
+"""The demo set (`fuyu_jax.data.demo`) as a source of examples."""
+
+from pathlib import Path
+
+from fuyu_jax.data import demo
+from fuyu_jax.data.example import Example, Image, Text
+
+
+class DemoSource:
+    """One split of a prepared demo set.
+
+    Args:
+      directory: what `demo.prepare` returned.
+      split: "train", "validation", "test" or "compositional".
+    """
+
+    def __init__(self, directory: str | Path, split: str):
+        self.split = split
+        self.records = demo.load(directory, split)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def id(self, index: int) -> str:
+        return _text(self.records[index]["id"])
+
+    def __getitem__(self, index: int) -> Example:
+        record = self.records[index]
+        id = _text(record["id"])
+        size = int(record["height"]), int(record["width"])
+        segments: list[Text | Image] = [Image(bytes(record["image"]), *size, name=id)]
+        families = []
+        for family, question, answer in demo.turns(record):
+            segments += [Text(question), Text(answer, train=True)]
+            families.append(family)
+        info = {"family": families[-1], "objects": _text(record["objects"])}
+        return Example(id, tuple(segments), info)
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

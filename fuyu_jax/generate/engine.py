@@ -1,0 +1,192 @@
+"""Greedy generation in batches with a KV cache.
+
+Prompts are sorted by length and grouped into batches of one shape a bucket (powers of two), so
+that prompts of all lengths take few compilations.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int32
+
+from fuyu_jax.batch import PackedBatch
+from fuyu_jax.data.example import BadImageError, Example
+from fuyu_jax.data.layout import Layout, LayoutPolicy, lay_out
+from fuyu_jax.data.rows import PatchedExample, fill_row, with_pixels
+from fuyu_jax.model.decoder import Decoder
+from fuyu_jax.tokenizer import Tokenizer
+
+SMALLEST_BUCKET = 64
+
+
+class Answer(NamedTuple):
+    """What the model said.
+
+    tokens: without `|ENDOFTEXT|`. finished: it ended by itself. error: why there is no answer.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+    error: str = ""
+
+
+def bucket(length: int) -> int:
+    """The smallest power of two, from 64 on, that holds a length."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos_id", "banned"))
+def generate_tokens(
+    graph: nnx.GraphDef,
+    params: Any,
+    batch: PackedBatch,
+    lengths: Int32[Array, "B"],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    banned: tuple[int, ...],
+) -> Int32[Array, "B N"]:
+    """Greedy continuations of one prompt a row.
+
+    Args:
+      graph, params: the model.
+      batch: one segment a row, beginning at index 0.
+      lengths: of the prompts.
+      max_new_tokens: N; the loop stops before where every row has ended.
+      eos_id: ends a row; what follows it in the result is `eos_id` again.
+      banned: ids that are never chosen.
+    """
+    model: Decoder = nnx.merge(graph, params)
+    rows = jnp.arange(lengths.shape[0])
+    hidden, cache = model.prefill(batch, batch.tokens.shape[1] + max_new_tokens)
+
+    def choose(hidden):
+        logits = model.logits(hidden).at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    first = choose(hidden[rows, lengths - 1])
+    out = jnp.full((lengths.shape[0], max_new_tokens), eos_id, jnp.int32)
+
+    def going(carry):
+        i, _, done, _, _ = carry
+        return (i < max_new_tokens) & ~done.all()
+
+    def body(carry):
+        i, token, done, out, cache = carry
+        out = out.at[:, i].set(jnp.where(done, eos_id, token))
+        done = done | (token == eos_id)
+        at = lengths + i
+        hidden, cache = model.decode(token, at, at, cache)
+        return i + 1, choose(hidden), done, out, cache
+
+    # Rows of length 0 are filling and are done before they begin.
+    carry = (jnp.zeros((), jnp.int32), first, lengths == 0, out, cache)
+    return jax.lax.while_loop(going, body, carry)[3]
+
+
+class Engine:
+    """Answers prompts.
+
+    Args:
+      graph: the model's graph definition; parameters are given at each call.
+      tokenizer, policy: as in training.
+      batch_size: prompts at a time.
+      max_new_tokens: the longest answer.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef,
+        tokenizer: Tokenizer,
+        policy: LayoutPolicy,
+        *,
+        batch_size: int = 32,
+        max_new_tokens: int = 64,
+    ):
+        self.graph = graph
+        self.tokenizer = tokenizer
+        self.policy = policy
+        self.batch_size = batch_size
+        self.max_new_tokens = max_new_tokens
+        t = tokenizer
+        # A placeholder has no patch here, and padding and `<s>` are never an answer's.
+        self.banned = (t.pad_id, t.bos_id, t.image_id, t.newline_id, t.answer_id)
+
+    def answer(
+        self, params: Any, prompts: Sequence[Example], *, blind: bool = False
+    ) -> list[Answer]:
+        """Answers in the order of the prompts.
+
+        Args:
+          params: of the model.
+          prompts: examples without their last answer (`split_answer`).
+          blind: all patches zeroed: what the model can tell without its eyes.
+        """
+        answers: list[Answer | None] = [None] * len(prompts)
+        for index, answer in self.stream(params, prompts, blind=blind):
+            answers[index] = answer
+        assert all(a is not None for a in answers)
+        return [a for a in answers if a is not None]
+
+    def stream(
+        self, params: Any, prompts: Sequence[Example], *, blind: bool = False
+    ) -> Iterator[tuple[int, Answer]]:
+        """(index, answer) batch by batch, shortest prompts first.
+
+        A prompt whose image is missing or broken is answered with an error.
+        """
+        layouts = [lay_out(p, self.tokenizer, self.policy, ask=True) for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: len(layouts[i].tokens))
+        for at in range(0, len(order), self.batch_size):
+            group = order[at : at + self.batch_size]
+            ready: list[tuple[int, PatchedExample]] = []
+            for i in group:
+                try:
+                    ready.append((i, with_pixels(prompts[i], layouts[i], self.policy)))
+                except BadImageError as error:
+                    yield i, Answer("", (), False, str(error))
+            if ready:
+                yield from self._answer_batch(params, ready, blind)
+
+    def _answer_batch(
+        self, params: Any, ready: list[tuple[int, PatchedExample]], blind: bool
+    ) -> Iterator[tuple[int, Answer]]:
+        layouts = [example.layout for _, example in ready]
+        batch, lengths = self._batch([example for _, example in ready], layouts)
+        if blind:
+            batch = batch._replace(patches=np.zeros_like(batch.patches))
+        tokens = generate_tokens(
+            self.graph,
+            params,
+            jax.tree.map(jnp.asarray, batch),
+            jnp.asarray(lengths),
+            max_new_tokens=self.max_new_tokens,
+            eos_id=self.tokenizer.eos_id,
+            banned=self.banned,
+        )
+        for (i, example), row in zip(ready, np.asarray(tokens).tolist(), strict=False):
+            finished = self.tokenizer.eos_id in row
+            kept = row[: row.index(self.tokenizer.eos_id)] if finished else row
+            text = self.tokenizer.decode(kept, example.layout.box_scale)
+            yield i, Answer(text, tuple(kept), finished)
+
+    def _batch(
+        self, examples: list[PatchedExample], layouts: list[Layout]
+    ) -> tuple[PackedBatch, np.ndarray]:
+        size = bucket(max(len(x.tokens) for x in layouts))
+        patches = max(x.num_patches for x in layouts)
+        # Patches are never more than tokens, so one bucket serves both.
+        room = size if patches else 0
+        channels = self.policy.patch_size**2 * 3
+        batch = PackedBatch.empty(self.batch_size, size, room, channels)
+        lengths = np.zeros(self.batch_size, np.int32)
+        for row, example in enumerate(examples):
+            fill_row(batch, row, [example])
+            lengths[row] = len(example.layout.tokens)
+        return batch, lengths

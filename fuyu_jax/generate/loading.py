@@ -1,0 +1,103 @@
+"""A trained model from its checkpoint: config, tokenizer, graph and parameters."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from fuyu_jax.checkpoint import CHECKPOINTS, Checkpoints, read_config
+from fuyu_jax.config import TrainConfig
+from fuyu_jax.data.layout import LayoutPolicy
+from fuyu_jax.data.opening import TOKENIZER_FILE
+from fuyu_jax.errors import UserError
+from fuyu_jax.generate.engine import Engine
+from fuyu_jax.model.decoder import Decoder, make_decoder
+from fuyu_jax.parallel.mesh import make_mesh
+from fuyu_jax.tokenizer import Tokenizer
+
+
+def model_maker(config: TrainConfig, tokenizer: Tokenizer):
+    """A function that makes the run's model.
+
+    Raises:
+      UserError: a vocabulary smaller than the tokenizer's.
+    """
+    model = config.model
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    if model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is less than the tokenizer's "
+            f"{tokenizer.vocab_size} pieces"
+        )
+
+    def make() -> Decoder:
+        return make_decoder(
+            model, image_id=tokenizer.image_id, newline_id=tokenizer.newline_id, seed=config.seed
+        )
+
+    return make
+
+
+class Loaded(NamedTuple):
+    """A model to be asked."""
+
+    config: TrainConfig
+    workdir: Path
+    step: int
+    tokenizer: Tokenizer
+    policy: LayoutPolicy
+    graph: nnx.GraphDef
+    params: Any
+
+    def engine(self, batch_size: int = 0, max_new_tokens: int = 0) -> Engine:
+        """An engine with the config's settings where none are given."""
+        return Engine(
+            self.graph,
+            self.tokenizer,
+            self.policy,
+            batch_size=batch_size or self.config.eval.batch_size,
+            max_new_tokens=max_new_tokens or self.config.eval.max_new_tokens,
+        )
+
+    def model(self) -> Decoder:
+        return nnx.merge(self.graph, self.params)
+
+
+def load_checkpoint(
+    path: Path, change: Callable[[TrainConfig], TrainConfig] = lambda config: config
+) -> Loaded:
+    """Opens a work folder (its latest checkpoint) or `WORKDIR/checkpoints/STEP`; reads parameters
+    alone, over the config's mesh.
+
+    Args:
+      path: the folder.
+      change: applied to the run's config.
+
+    Raises:
+      UserError: no checkpoint there, or one of another model's shape.
+    """
+    path = path.expanduser()
+    if not path.is_dir():
+        raise UserError(f"checkpoint {path}: no such folder")
+    step: int | None = None
+    workdir = path
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        step, workdir = int(path.name), path.parent.parent
+    elif path.name == CHECKPOINTS:
+        workdir = path.parent
+    config = change(read_config(workdir))
+    tokenizer = Tokenizer(workdir / TOKENIZER_FILE)
+    checkpoints = Checkpoints(workdir)
+    try:
+        step = checkpoints.latest() if step is None else step
+        if step is None:
+            raise UserError(f"{workdir}: no checkpoint in it yet")
+        graph, shapes = nnx.split(nnx.eval_shape(model_maker(config, tokenizer)))
+        params = checkpoints.restore_params(step, shapes, make_mesh(config.mesh))
+    finally:
+        checkpoints.close()
+    policy = LayoutPolicy.of(config.model, config.data)
+    return Loaded(config, workdir, step, tokenizer, policy, graph, params)

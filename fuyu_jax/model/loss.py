@@ -1,0 +1,109 @@
+"""Cross-entropy in chunks, at loss positions only, with the gradient made in the same pass.
+
+Full logits would be V floats a position (8.6 GB a row at S = 8192 and V = 262,144). Positions
+with a weight are gathered to the front, and a loop of as many chunks as they fill computes
+logits, loss and gradients of one chunk at a time.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+CHUNK = 512
+
+
+def _chunk_terms(hidden, kernel, targets, weights):
+    logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    hits = (jnp.argmax(logits, axis=-1) == targets) & (weights > 0)
+    return logits, lse, jnp.sum((lse - picked) * weights), jnp.sum(hits)
+
+
+def _by_weight(hidden, targets, weights, chunk):
+    """Flattens, brings weighted positions to the front in order, pads to whole chunks."""
+    flat = weights.reshape(-1)
+    size = -(-flat.size // chunk) * chunk
+    count = jnp.sum(flat != 0)
+    order = jnp.argsort(flat == 0, stable=True)
+    order = jnp.pad(order, (0, size - flat.size))
+    live = jnp.arange(size) < count
+    rows = hidden.reshape(-1, hidden.shape[-1])[order]
+    return rows, targets.reshape(-1)[order], jnp.where(live, flat[order], 0), order, count
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss_sums(hidden, kernel, targets, weights, chunk):
+    rows, targets, weights, _, count = _by_weight(hidden, targets, weights, chunk)
+
+    def body(i, sums):
+        at = [jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk) for a in (rows, targets, weights)]
+        _, _, loss, hits = _chunk_terms(at[0], kernel, at[1], at[2])
+        return sums[0] + loss, sums[1] + hits
+
+    zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+    return jax.lax.fori_loop(0, -(-count // chunk), body, zero)
+
+
+def _loss_sums_forward(hidden, kernel, targets, weights, chunk):
+    rows, flat_targets, flat_weights, order, count = _by_weight(hidden, targets, weights, chunk)
+
+    def body(i, carry):
+        total, hits, d_rows, d_kernel = carry
+        at = i * chunk
+        h, t, w = (
+            jax.lax.dynamic_slice_in_dim(a, at, chunk) for a in (rows, flat_targets, flat_weights)
+        )
+        logits, lse, loss, hit = _chunk_terms(h, kernel, t, w)
+        d_logits = jnp.exp(logits - lse[:, None])
+        d_logits = (d_logits.at[jnp.arange(chunk), t].add(-1.0) * w[:, None]).astype(h.dtype)
+        d_h = jnp.matmul(d_logits, kernel.astype(h.dtype).T)
+        d_kernel = d_kernel + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
+        d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, d_h, at, 0)
+        return total + loss, hits + hit, d_rows, d_kernel
+
+    init = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros_like(rows),
+        jnp.zeros(kernel.shape, jnp.float32),
+    )
+    total, hits, d_rows, d_kernel = jax.lax.fori_loop(0, -(-count // chunk), body, init)
+    # The padding of `order` points at row 0, so only live rows may add to the gradient.
+    d_hidden = jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype).at[order].add(d_rows)
+    return (total, hits), (d_hidden.reshape(hidden.shape), d_kernel.astype(kernel.dtype))
+
+
+def _loss_sums_backward(chunk, saved, cotangents):
+    d_hidden, d_kernel = saved
+    scale = cotangents[0]
+    return (d_hidden * scale).astype(d_hidden.dtype), d_kernel * scale, None, None
+
+
+_loss_sums.defvjp(_loss_sums_forward, _loss_sums_backward)
+
+
+def loss_sums(
+    hidden: Float[Array, "B S D"],
+    kernel: Float32[Array, "D V"],
+    tokens: Int32[Array, "B S"],
+    loss_weights: Float32[Array, "B S"],
+    chunk: int = CHUNK,
+) -> tuple[Float32[Array, ""], Int32[Array, ""]]:
+    """Σ weight · cross-entropy, and how many weighted tokens are the most likely one.
+
+    Args:
+      hidden: states after the final norm; the state at t-1 predicts token t.
+      kernel: the output map.
+      tokens: the row's tokens.
+      loss_weights: weight of predicting `tokens[t]`; the first token of a segment has none.
+      chunk: positions whose logits exist at one time.
+
+    Only the first result carries a gradient, to `hidden` and `kernel`.
+    """
+    targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
+    weights = jnp.concatenate([loss_weights[:, 1:], jnp.zeros_like(loss_weights[:, :1])], axis=1)
+    chunk = min(chunk, targets.size)
+    return _loss_sums(hidden, kernel, targets, weights, chunk)

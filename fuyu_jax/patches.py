@@ -1,0 +1,157 @@
+"""Images to patches and back: sizes, padding and order of Fuyu-8B's image processor."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+from PIL import Image as PilImage
+from PIL import ImageOps
+
+from fuyu_jax.errors import UserError
+
+# Pillow's own guard against decompression bombs warns here and refuses at twice this many pixels.
+PilImage.MAX_IMAGE_PIXELS = 120_000_000
+
+
+class Grid(NamedTuple):
+    """How an image lies in patches, known from its height and width alone.
+
+    height, width: pixels after shrinking; rows, columns: patches; scale: shrunk over original.
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    scale: float
+
+    @property
+    def patches(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def tokens(self) -> int:
+        """Placeholders and the newline after every patch row, the last too."""
+        return self.rows * (self.columns + 1)
+
+
+def grid_of(
+    height: int, width: int, patch_size: int, max_height: int = 1080, max_width: int = 1920
+) -> Grid:
+    """The grid of an image: shrunk only if it passes the largest size, then cut into patches.
+
+    Args:
+      height, width: pixels.
+      patch_size: pixels a side.
+      max_height, max_width: Fuyu's cap is 1080 × 1920.
+    """
+    if height < 1 or width < 1:
+        raise UserError(f"image of {height}×{width} pixels: both sides must be at least 1")
+    scale = 1.0
+    if height > max_height or width > max_width:
+        scale = min(max_height / height, max_width / width)
+        height, width = max(1, int(height * scale)), max(1, int(width * scale))
+    return Grid(height, width, -(-height // patch_size), -(-width // patch_size), scale)
+
+
+def _open(source: bytes | str | Path) -> PilImage.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
+        return PilImage.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def image_size(source: bytes | str | Path) -> tuple[int, int]:
+    """(height, width) from a file's header, as it will be shown (EXIF orientation counted in).
+
+    Raises:
+      OSError, ValueError: not an image.
+    """
+    with _open(source) as image:
+        width, height = image.size
+        turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
+    return (width, height) if turned else (height, width)
+
+
+def decode_image(encoded: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes to RGB, upright; alpha is laid on white, an animation gives its first frame.
+
+    Raises:
+      OSError, ValueError, SyntaxError: broken bytes (whatever Pillow raises for them).
+    """
+    with _open(encoded) as image:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+            # 16-bit grey would be clipped by convert(); keep its upper byte instead.
+            grey = np.asarray(image, np.float32)
+            peak = 65535.0 if grey.max(initial=0) > 255 else 255.0
+            return np.repeat((grey / peak * 255).clip(0, 255).astype(np.uint8)[..., None], 3, 2)
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = PilImage.new("RGBA", image.size, (255, 255, 255, 255))
+            image = PilImage.alpha_composite(white, image)
+        return np.asarray(image.convert("RGB"))
+
+
+def fit(
+    pixels: UInt8[np.ndarray, "height width 3"], grid: Grid
+) -> UInt8[np.ndarray, "fitted_height fitted_width 3"]:
+    """Shrinks decoded pixels to the grid's size (bilinear on uint8, as Fuyu's processor)."""
+    if pixels.shape[:2] == (grid.height, grid.width):
+        return pixels
+    image = PilImage.fromarray(pixels)
+    return np.asarray(image.resize((grid.width, grid.height), PilImage.Resampling.BILINEAR))
+
+
+def patchify(
+    pixels: UInt8[np.ndarray, "height width 3"],
+    grid: Grid,
+    patch_size: int,
+    pad_value: int = 1,
+    out: UInt8[np.ndarray, "patches C"] | None = None,
+) -> UInt8[np.ndarray, "patches C"]:
+    """Cuts pixels into row-major patches; within a patch row, column, channel.
+
+    Args:
+      pixels: an image of the grid's height and width.
+      grid: from `grid_of`.
+      patch_size: pixels a side.
+      pad_value: fills the bottom and right edge; 1 gives -0.992 after scaling, as the reference
+        implementation has it, 255 gives white.
+      out: where the patches go, if not into a new array.
+    """
+    p, rows, columns = patch_size, grid.rows, grid.columns
+    if out is None:
+        out = np.empty((grid.patches, p * p * 3), np.uint8)
+    cells = out.reshape(rows, columns, p, p, 3)
+    whole_rows, whole_columns = grid.height // p, grid.width // p
+    if (whole_rows, whole_columns) != (rows, columns):
+        padded = np.full((rows * p, columns * p, 3), pad_value, np.uint8)
+        padded[: grid.height, : grid.width] = pixels
+        pixels = padded
+    cells[...] = pixels.reshape(rows, p, columns, p, 3).swapaxes(1, 2)
+    return out
+
+
+def unpatchify(
+    patches: UInt8[np.ndarray, "patches C"], grid: Grid, patch_size: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Patches back to the picture that they were cut from, without its padding."""
+    p = patch_size
+    cells = patches.reshape(grid.rows, grid.columns, p, p, 3).swapaxes(1, 2)
+    return cells.reshape(grid.rows * p, grid.columns * p, 3)[: grid.height, : grid.width]
+
+
+def patch_coordinates(grid: Grid) -> Int32[np.ndarray, "patches 2"]:
+    """Row and column of every patch in its image."""
+    return np.stack(
+        np.divmod(np.arange(grid.patches, dtype=np.int32), np.int32(grid.columns)), axis=-1
+    )
+
+
+def normalise(patches: UInt8[np.ndarray, "*any C"]) -> Float32[np.ndarray, "*any C"]:
+    """(x/255 - 0.5)/0.5 in float32; the model does the same on the device."""
+    return (patches.astype(np.float32) / 255 - 0.5) / 0.5

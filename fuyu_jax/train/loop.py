@@ -1,0 +1,359 @@
+"""A run from its configuration to its summary: train, validate, checkpoint, resume, evaluate."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fuyu_jax import config as config_lib
+from fuyu_jax.batch import PackedBatch
+from fuyu_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
+from fuyu_jax.config import TrainConfig
+from fuyu_jax.data.layout import LayoutPolicy
+from fuyu_jax.data.opening import TOKENIZER_FILE, Sources, open_sources, open_tokenizer
+from fuyu_jax.data.rows import Batch, PackedData, Position
+from fuyu_jax.errors import TrainingStoppedError, UserError
+from fuyu_jax.evals import runner
+from fuyu_jax.evals.judge import summarise
+from fuyu_jax.generate.engine import Engine
+from fuyu_jax.generate.loading import model_maker
+from fuyu_jax.model.attention import choose_backend
+from fuyu_jax.parallel.mesh import batch_sharding, make_mesh
+from fuyu_jax.train.metrics import Recorder
+from fuyu_jax.train.optimizer import make_optimizer, schedule
+from fuyu_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
+from fuyu_jax.train.summary import write_summary
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a checkpoint keeps beside the arrays: where the data goes on, and running totals."""
+
+    epoch: int = 0
+    row: int = 0
+    seconds: float = 0.0
+    tokens: float = 0.0
+    places: float = 0.0
+
+    @property
+    def padding(self) -> float:
+        return 1 - self.tokens / self.places if self.places else 0.0
+
+
+class Trainer:
+    """Everything of a run, opened; `run` trains it to the end.
+
+    Args:
+      config: the run; its `workdir` is made this run's.
+
+    Raises:
+      UserError: bad input; nothing is written then.
+      TrainingStoppedError: too many images are missing or broken.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.workdir = Path(config.workdir).expanduser()
+        known = check_workdir(self.workdir, config)
+        self.mesh = make_mesh(config.mesh)
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if config.rows_per_batch % shards:
+            raise UserError(
+                f"rows_per_batch={config.rows_per_batch} does not divide over data × fsdp = {shards}"
+            )
+        self.backend = choose_backend(config.model.attention_backend)
+        self.sources: Sources = open_sources(config.data)
+        self.policy = LayoutPolicy.of(config.model, config.data)
+        with tempfile.TemporaryDirectory() as scratch:
+            # The work folder is touched only when all input has been found good.
+            place = self.workdir if known else Path(scratch)
+            self.tokenizer = open_tokenizer(self.sources, place)
+            self.data = PackedData(
+                self.sources.open("train"), self.tokenizer, self.policy, config.data, config.seed
+            )
+            make_model = model_maker(config, self.tokenizer)
+            self.graph, self.state, shardings = create_state(
+                make_model,
+                lambda params: make_optimizer(config.optim, params, config.num_steps),
+                self.mesh,
+            )
+            claim_workdir(self.workdir, config)
+            if not known:
+                kept = self.workdir / TOKENIZER_FILE
+                shutil.copyfile(self.tokenizer.path, kept)
+                self.tokenizer.path = kept
+        tx = make_optimizer(config.optim, self.state.params, config.num_steps)
+        self.step_fn = make_train_step(self.graph, tx, shardings, self.mesh)
+        self.rate = schedule(config.optim, config.optim.peak_lr, config.num_steps)
+        self.checkpoints = Checkpoints(self.workdir, config.keep_checkpoints)
+        self.progress = Progress()
+        self.engine = Engine(
+            self.graph,
+            self.tokenizer,
+            self.policy,
+            batch_size=config.eval.batch_size,
+            max_new_tokens=config.eval.max_new_tokens,
+        )
+        self.validation = []
+        if config.eval.every and "validation" in self.sources.splits:
+            source = self.sources.open("validation")
+            self.validation, _ = runner.take(source, config.eval.examples)
+        self._stop_signal = 0
+
+    @property
+    def parameters(self) -> int:
+        return sum(x.size for x in jax.tree.leaves(self.state.params))
+
+    def describe(self) -> str:
+        """The run in a few lines."""
+        device = jax.devices()[0]
+        axes = ", ".join(f"{k}={v}" for k, v in self.mesh.shape.items())
+        return (
+            f"{self.config.name}: {self.parameters:,} parameters, vocabulary "
+            f"{self.tokenizer.vocab_size}, attention {self.backend}, "
+            f"compute {self.config.model.dtype}\n"
+            f"devices: {jax.device_count()} {device.platform} ({axes}); work folder {self.workdir}\n"
+            f"data: {self.data.report()}"
+        )
+
+    def resume(self) -> int | None:
+        """Takes up the latest checkpoint, if there is one; returns its step.
+
+        Raises:
+          UserError: it was made with other data, or is of another model.
+        """
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return None
+        found = self.checkpoints.restore(latest, self.state.params, self.state.opt_state)
+        if found.data["hash"] != self.data.hash:
+            raise UserError(
+                f"checkpoint {latest} in {self.workdir} was made with other data (plan "
+                f"{found.data['hash']} there, {self.data.hash} here): the training records, the "
+                "tokenizer or the images' sizes have changed; give another --workdir"
+            )
+        fields = {f.name: found.data[f.name] for f in dataclasses.fields(Progress)}
+        self.progress = Progress(**fields)
+        count = jax.device_put(jax.numpy.asarray(latest, jax.numpy.int32), self.state.step.sharding)
+        self.state = TrainState(count, found.params, found.opt_state, self.state.halted)
+        return latest
+
+    def run(self, stop_after: int | None = None) -> dict[str, Any] | None:
+        """Trains to the end and evaluates.
+
+        Args:
+          stop_after: stop (with a checkpoint) when this many steps are done in all.
+
+        Returns:
+          The summary; None where it stopped before the end.
+
+        Raises:
+          TrainingStoppedError: a loss or gradient was not finite, or a signal asked to stop.
+        """
+        resumed = self.resume()
+        print(self.describe(), flush=True)
+        if resumed is not None:
+            print(
+                f"resumed from step {resumed} (epoch {self.progress.epoch}, "
+                f"row {self.progress.row})",
+                flush=True,
+            )
+        done = resumed or 0
+        target = min(self.config.num_steps, stop_after or self.config.num_steps)
+        recorder = Recorder(
+            self.workdir,
+            done,
+            self.config.num_steps,
+            self.config.progress,
+            config_lib.flatten(self.config),
+        )
+        with _Signals(self):
+            try:
+                self._train(done, target, recorder)
+            finally:
+                recorder.close()
+                self.checkpoints.wait()
+        if target < self.config.num_steps:
+            return None
+        return write_summary(self)
+
+    # --- the loop -------------------------------------------------------------------------------
+
+    def _train(self, done: int, target: int, recorder: Recorder) -> None:
+        config = self.config
+        batches = self._accumulated(Position(self.progress.epoch, self.progress.row))
+        window = _Window()
+        pending: tuple[int, list[Batch], StepMetrics, Progress] | None = None
+        before = self.progress
+        clock = time.perf_counter()
+        for step in range(done + 1, target + 1):
+            waited = time.perf_counter()
+            group, arrays = next(batches)
+            window.wait += time.perf_counter() - waited
+            self.state, metrics = self.step_fn(self.state, arrays)
+            # The step before this one is read only now, so that the device never waits for us.
+            if pending is not None:
+                self._read(pending, recorder, window)
+            after = dataclasses.replace(before, epoch=group[-1].after[0], row=group[-1].after[1])
+            pending = (step, group, metrics, before)
+            before = after
+            checkpoint = step % config.checkpoint_every == 0 or step == target
+            validate = bool(self.validation) and (
+                step % config.eval.every == 0 or step == config.num_steps
+            )
+            if checkpoint or validate or self._stop_signal:
+                self._read(pending, recorder, window)
+                pending = None
+            now = time.perf_counter()
+            self.progress = before = dataclasses.replace(
+                before,
+                seconds=before.seconds + now - clock,
+                tokens=window.all_tokens + self.progress.tokens,
+                places=window.all_places + self.progress.places,
+            )
+            window.all_tokens = window.all_places = 0.0
+            clock = now
+            if checkpoint or self._stop_signal:
+                self._save(step, self.progress)
+            if validate:
+                self._validate(step, recorder)
+            if self._stop_signal:
+                raise TrainingStoppedError(
+                    f"stopped by signal {self._stop_signal} at step {step}, checkpoint saved; the "
+                    "same command goes on from here"
+                )
+
+    def _accumulated(self, start: Position):
+        """(its batches, arrays [A, B, ...] on the mesh) for every step."""
+        a = self.config.grad_accum
+        sharding = batch_sharding(self.mesh, leading=1)
+        batches = self.data.batches(self.config.rows_per_batch, start)
+        while True:
+            group = [next(batches) for _ in range(a)]
+            arrays = PackedBatch(
+                *(
+                    jax.make_array_from_process_local_data(sharding, _stack(parts))
+                    for parts in zip(*(b.rows for b in group), strict=True)
+                )
+            )
+            yield group, arrays
+
+    def _read(self, pending, recorder: Recorder, window: "_Window") -> None:
+        step, group, metrics, before = pending
+        values = StepMetrics(*(float(x) for x in jax.device_get(metrics)))
+        if values.halted:
+            self._halt(step, group, values, before)
+        config = self.config
+        places = config.grad_accum * config.rows_per_batch * config.data.tokens_per_row
+        window.add(values.tokens, places)
+        recorder.advance(step)
+        if step % config.log_every and step != config.num_steps:
+            return
+        speed, padding, wait = window.take()
+        recorder.show(loss=f"{values.loss:.3f}", tok_s=f"{speed:,.0f}", pad=f"{padding:.2%}")
+        recorder.write(
+            step,
+            {
+                "loss": values.loss,
+                "token_accuracy": values.token_accuracy,
+                "grad_norm": values.grad_norm,
+                "learning_rate": float(self.rate(step - 1)),
+                "tokens_per_second": speed,
+                "token_padding": padding,
+                "loader_wait": wait,
+                "epoch": group[-1].after.epoch,
+            },
+        )
+
+    def _halt(self, step: int, group: list[Batch], values: StepMetrics, before: Progress) -> None:
+        """A loss or gradient that is not finite: saves what was there before, and stops."""
+        ids = [id for batch in group for row in batch.ids for id in row]
+        record = {"step": step, "loss": str(values.loss), "grad_norm": str(values.grad_norm)}
+        runner.write_whole(
+            self.workdir / "bad_batch.json", json.dumps({**record, "examples": ids}, indent=1)
+        )
+        self._save(step - 1, before)
+        self.checkpoints.wait()
+        raise TrainingStoppedError(
+            f"step {step}: loss {values.loss}, gradient norm {values.grad_norm}. The parameters "
+            f"before it are saved as checkpoint {step - 1}. The batch's {len(ids)} examples: "
+            f"{', '.join(ids[:8])}{', ...' if len(ids) > 8 else ''} (all in "
+            f"{self.workdir / 'bad_batch.json'})"
+        )
+
+    def _save(self, step: int, progress: Progress) -> None:
+        data = {"hash": self.data.hash, **dataclasses.asdict(progress)}
+        self.checkpoints.save(step, self.state.params, self.state.opt_state, data, self.config)
+
+    def _validate(self, step: int, recorder: Recorder) -> None:
+        samples = runner.evaluate(self.engine, self.state.params, self.validation)
+        scores = summarise(samples)
+        values = {"validation/exact_match": scores["exact_match"]}
+        values["validation/correct"] = scores["correct"]
+        for family, s in scores["by_family"].items():
+            values[f"validation/correct/{family}"] = s["correct"]
+        recorder.write(step, values)
+        told = ", ".join(f"{k} {s['correct']:.2f}" for k, s in scores["by_family"].items())
+        recorder.say(f"step {step}: validation correct {scores['correct']:.3f} ({told})")
+
+
+def _stack(parts):
+    return parts[0][None] if len(parts) == 1 else jax.numpy.stack(parts)
+
+
+class _Window:
+    """Tokens, padding and time since the last line."""
+
+    def __init__(self) -> None:
+        self.tokens = self.places = self.wait = 0.0
+        self.all_tokens = self.all_places = 0.0  # since the totals were last brought up to date
+        self.began = time.perf_counter()
+
+    def add(self, tokens: float, places: float) -> None:
+        self.tokens += tokens
+        self.places += places
+        self.all_tokens += tokens
+        self.all_places += places
+
+    def take(self) -> tuple[float, float, float]:
+        """(real tokens a second, share of padding, share of time that the loader made us wait)."""
+        now = time.perf_counter()
+        seconds = max(now - self.began, 1e-9)
+        result = (
+            self.tokens / seconds,
+            1 - self.tokens / self.places if self.places else 0.0,
+            self.wait / seconds,
+        )
+        self.tokens = self.places = self.wait = 0.0
+        self.began = now
+        return result
+
+
+class _Signals:
+    """SIGTERM and SIGINT end the run at the next step, with a checkpoint; a second one at once."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.old[number] = signal.signal(number, self._catch)
+        except ValueError:
+            pass  # not the main thread (a notebook's, a test's): signals are not ours
+
+    def _catch(self, number: int, frame: Any) -> None:
+        if self.trainer._stop_signal:
+            raise KeyboardInterrupt
+        self.trainer._stop_signal = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,127 @@
+"""The jitted train step, and the state that it carries, created sharded."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from fuyu_jax.batch import PackedBatch
+from fuyu_jax.model.decoder import Decoder
+from fuyu_jax.model.loss import loss_sums
+from fuyu_jax.parallel.mesh import batch_sharding, state_shardings
+
+
+class TrainState(NamedTuple):
+    """All that a step changes.
+
+    step: updates made. halted: 0, or 1 once a loss or gradient was not finite; from then on no
+    step changes the parameters, so those before the bad batch are there to be saved.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    halted: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """Float32 scalars of one step: means over its loss positions, sums over its rows."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    token_accuracy: jax.Array
+    loss_tokens: jax.Array
+    tokens: jax.Array
+    halted: jax.Array
+
+
+def create_state(
+    make_model: Callable[[], Decoder], optimizer: Callable[[Any], Any], mesh: Mesh
+) -> tuple[nnx.GraphDef, TrainState, Any]:
+    """Makes parameters and optimizer state, each born with its sharding.
+
+    Returns:
+      The model's graph definition, the state, and the state's shardings.
+    """
+    graph, shapes = nnx.split(nnx.eval_shape(make_model))
+    tx = optimizer(shapes)
+
+    def make() -> TrainState:
+        params = nnx.split(make_model())[1]
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, tx.init(params), zero)
+
+    shardings = state_shardings(jax.eval_shape(make), mesh)
+    return graph, jax.jit(make, out_shardings=shardings)(), shardings
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    shardings: Any,
+    mesh: Mesh,
+) -> Callable[[TrainState, PackedBatch], tuple[TrainState, StepMetrics]]:
+    """The train step; its batch has a leading axis of accumulation steps [A, B, ...].
+
+    The loss is Σ weight · cross-entropy / Σ weight over all A·B rows, so accumulation changes
+    memory and nothing else.
+    """
+
+    def loss_of(params: Any, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, params)
+        return loss_sums(model(batch), model.head_kernel(), batch.tokens, batch.loss_weights)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def accumulate(params: Any, batch: PackedBatch):
+        if batch.tokens.shape[0] == 1:
+            return gradient(params, jax.tree.map(lambda x: x[0], batch))
+
+        def add(sums, one):
+            (loss, hits), grads = gradient(params, one)
+            (old_loss, old_hits), old = sums
+            return ((old_loss + loss, old_hits + hits), jax.tree.map(jnp.add, old, grads)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        start = ((jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)), zeros)
+        return jax.lax.scan(add, start, batch)[0]
+
+    def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
+        (loss, hits), grads = accumulate(state.params, batch)
+        weight = jnp.maximum(batch.loss_weights.sum(), 1e-6)
+        loss = loss / weight
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & (state.halted == 0)
+
+        def keep(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+        new = TrainState(
+            state.step + good.astype(jnp.int32),
+            keep(params, state.params),
+            keep(opt_state, state.opt_state),
+            1 - good.astype(jnp.int32),
+        )
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=norm,
+            token_accuracy=hits / jnp.maximum((batch.loss_weights > 0).sum(), 1),
+            loss_tokens=(batch.loss_weights > 0).sum().astype(jnp.float32),
+            tokens=(batch.segment_ids > 0).sum().astype(jnp.float32),
+            halted=new.halted.astype(jnp.float32),
+        )
+        return new, metrics
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh, leading=1)),
+        out_shardings=(shardings, None),
+    )
