@@ -4,8 +4,7 @@ One parameterised block serves Fuyu and its relatives; `Decoder` stacks and scan
 one entry, one dense reference and backends that must agree with it.
 """
 
-from fuyu_jax.model.attention import attention, key_range
 from fuyu_jax.model.decoder import Decoder, count_parameters, make_decoder
 from fuyu_jax.model.loss import loss_sums
 
-__all__ = ["Decoder", "attention", "count_parameters", "key_range", "loss_sums", "make_decoder"]
+__all__ = ["Decoder", "count_parameters", "loss_sums", "make_decoder"]

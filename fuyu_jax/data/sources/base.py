@@ -1,10 +1,11 @@
 """The contract of a source."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fuyu_jax.data.example import Example
 
 
+@runtime_checkable  # so that shape-checking tests can look
 class Source(Protocol):
     """Examples by index; the same index always gives the same example."""
 
