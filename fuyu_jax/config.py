@@ -44,7 +44,10 @@ class ModelConfig:
     window: int = 0  # how many positions back a token sees; 0: all of its segment
     patch_size: int = 30
     init_std: float = 0.02
-    patch_init_std: float = 0.0  # 0: init_std
+    # Of the patch projection: drawn like the rest, or whitening a sample of training patches.
+    patch_init: Literal["normal", "whiten"] = "normal"
+    patch_init_std: float = 0.0  # whiten: of its features. 0: init_std
+    embedding_init_std: float = 0.0  # 0: init_std
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     attention_backend: Literal["auto", "blockwise", "reference"] = "auto"
     remat: Literal["none", "full"] = "none"

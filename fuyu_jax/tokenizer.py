@@ -31,12 +31,12 @@ _MARKUP = re.compile(
 _CONTROL = re.compile("[\x00-\x04]")  # as bytes they would be Fuyu's box and answer marks
 
 
-def coordinate_to_token_value(value: float, scale: float) -> int:
+def coordinate_to_token_value(value: int | float, scale: int | float) -> int:
     """An image coordinate (pixels of the original) as Fuyu's integer: round-half-even(v/2·s)."""
     return round(value / 2 * scale)
 
 
-def token_value_to_coordinate(value: int, scale: float) -> int:
+def token_value_to_coordinate(value: int, scale: int | float) -> int:
     """Fuyu's integer back to pixels of the original image: 2·int(c/s)."""
     return 2 * int(value / scale)
 
@@ -89,7 +89,7 @@ class Tokenizer:
         """How many integer coordinates (0, 1, ...) have a token of their own."""
         return len(self._coordinate_of)
 
-    def encode(self, text: str, scale: float = 1.0) -> list[int]:
+    def encode(self, text: str, scale: int | float = 1.0) -> list[int]:
         """Token ids of a text; `<box>` and `<point>` markup becomes marks and integers.
 
         A malformed box stays text, and so does one whose coordinates have no token. Characters
@@ -113,7 +113,7 @@ class Tokenizer:
             at = match.end()
         return tokens + self._sp.encode(text[at:])
 
-    def decode(self, tokens: Sequence[int], scale: float = 1.0) -> str:
+    def decode(self, tokens: Sequence[int], scale: int | float = 1.0) -> str:
         """Text of token ids; a well-formed box or point becomes markup in original pixels.
 
         Placeholders, padding, `<s>` and `|ENDOFTEXT|` are left out. A malformed box never raises:
@@ -134,7 +134,7 @@ class Tokenizer:
             at += used
         return "".join([*parts, self._sp.decode(run)])
 
-    def _markup_at(self, tokens: Sequence[int], at: int, scale: float) -> tuple[str, int]:
+    def _markup_at(self, tokens: Sequence[int], at: int, scale: int | float) -> tuple[str, int]:
         for (opened, closed), count, name in (
             (self.box_ids, 4, "box"),
             (self.point_ids, 2, "point"),

@@ -19,6 +19,8 @@ SMALL = {
     "model.num_heads": 2,
     "model.head_dim": 16,
     "model.mlp_dim": 64,
+    "eval.examples": 16,
+    "eval.batch_size": 8,
     "eval.max_new_tokens": 12,
     "optim.warmup_steps": 1,
     "progress": "false",

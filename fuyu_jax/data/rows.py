@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt8
 
 from fuyu_jax.batch import PackedBatch
 from fuyu_jax.config import DataConfig
@@ -234,6 +234,18 @@ class PackedData:
                 )
             }
         return self._plans[epoch]
+
+    def sample_patches(self, count: int) -> UInt8[np.ndarray, "N C"]:
+        """Some `count` patches of the epoch's first rows (fewer where there are no more)."""
+        rows, found, taken = RowSource(self, 0), [], 0
+        for index in range(len(rows)):
+            batch = rows[index].batch
+            used = int((batch.tokens[0] == self.tokenizer.image_id).sum())
+            found.append(batch.patches[0, :used])
+            taken += used
+            if taken >= count:
+                break
+        return np.concatenate(found)[:count]
 
     def report(self) -> str:
         """What the plan does with the source, in one line."""

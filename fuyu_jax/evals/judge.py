@@ -7,7 +7,8 @@ from typing import Any
 
 from fuyu_jax.data.demo.questions import caption_facts
 
-Box = tuple[float, float, float, float]
+Number = int | float
+Box = tuple[Number, Number, Number, Number]
 _BOX = re.compile(r"<box>\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*,\s*(-?[\d.]+)\s*</box>")
 
 

@@ -28,7 +28,9 @@ class Decoder(nnx.Module):
         self.newline_id = newline_id
         std = config.init_std
         d, v = config.dim, config.vocab_size
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (v, d)))
+        self.embedding = nnx.Param(
+            (config.embedding_init_std or std) * jax.random.normal(rngs.params(), (v, d))
+        )
         self.patch_projection = Linear(
             (config.patch_channels,),
             (d,),

@@ -26,9 +26,12 @@ from fuyu_jax.generate.loading import model_maker
 from fuyu_jax.model.attention import choose_backend
 from fuyu_jax.parallel.mesh import batch_sharding, make_mesh
 from fuyu_jax.train.metrics import Recorder
+from fuyu_jax.train.patch_init import whitening
 from fuyu_jax.train.optimizer import make_optimizer, schedule
 from fuyu_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
 from fuyu_jax.train.summary import write_summary
+
+WHITENING_SAMPLE = 20_000  # patches
 
 
 @dataclasses.dataclass
@@ -83,6 +86,8 @@ class Trainer:
                 lambda params: make_optimizer(config.optim, params, config.num_steps),
                 self.mesh,
             )
+            if config.model.patch_init == "whiten" and not known:
+                self._whiten_patches()
             claim_workdir(self.workdir, config)
             if not known:
                 kept = self.workdir / TOKENIZER_FILE
@@ -105,6 +110,17 @@ class Trainer:
             source = self.sources.open("validation")
             self.validation, _ = runner.take(source, config.eval.examples)
         self._stop_signal = 0
+
+    def _whiten_patches(self) -> None:
+        """Sets the patch projection from training patches; a resumed run has it already."""
+        model = self.config.model
+        std = model.patch_init_std or model.init_std
+        sample = self.data.sample_patches(WHITENING_SAMPLE)
+        kernel, bias = whitening(sample, model.dim, std, seed=self.config.seed)
+        projection = self.state.params["patch_projection"]
+        for name, value in (("kernel", kernel), ("bias", bias)):
+            old = projection[name][...]
+            projection[name] = projection[name].replace(jax.device_put(value, old.sharding))
 
     @property
     def parameters(self) -> int:
@@ -250,8 +266,8 @@ class Trainer:
         if values.halted:
             self._halt(step, group, values, before)
         config = self.config
-        places = config.grad_accum * config.rows_per_batch * config.data.tokens_per_row
-        window.add(values.tokens, places)
+        rows = config.grad_accum * config.rows_per_batch
+        window.add(values.tokens, float(rows * config.data.tokens_per_row))
         recorder.advance(step)
         if step % config.log_every and step != config.num_steps:
             return

@@ -125,7 +125,8 @@ def draw_attention(
         figsize=(11, lines * (1.95 * tall + 0.5) + (0.4 if title else 0)), layout="constrained"
     )
     figure.get_layout_engine().set(h_pad=0.08)
-    axes = figure.subplots(lines, COLUMNS, squeeze=False).ravel()
+    places = figure.add_gridspec(lines, COLUMNS + 1, width_ratios=[1] * COLUMNS + [0.06])
+    axes = [figure.add_subplot(places[n // COLUMNS, n % COLUMNS]) for n in range(lines * COLUMNS)]
     axes[0].imshow(pixels, extent=(0, grid.width, grid.height, 0), interpolation="nearest")
     axes[0].set_title("the image\n", fontsize=8.5)
     drawn = None
@@ -140,7 +141,7 @@ def draw_attention(
     for panel in axes[len(panels) + 1 :]:
         panel.axis("off")
     if drawn is not None:
-        bar = figure.colorbar(drawn, ax=axes.tolist(), shrink=0.6, pad=0.01, aspect=30)
+        bar = figure.colorbar(drawn, cax=figure.add_subplot(places[0, COLUMNS]))
         bar.set_ticks([0, 1], labels=["0", "max"], fontsize=8)
     if title:
         figure.suptitle(title, fontsize=11, parse_math=False)
@@ -154,7 +155,8 @@ def _draw_heat(
     grid: Grid,
     side: int,
 ):
-    grey = 255 - (255 - pixels.mean(axis=-1)) * 0.55  # a dark picture, too, lets the heat be seen
+    # Pale, so that heat shows on dark pictures too.
+    grey = 255 - (255 - pixels.mean(axis=-1)) * 0.35
     axes.imshow(
         grey,
         cmap="gray",

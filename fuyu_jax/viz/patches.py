@@ -1,4 +1,4 @@
-"""An image cut into patches, and the text that follows it."""
+"""An image cut into patches, and the text beside it."""
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,7 +9,7 @@ from matplotlib.patches import Patch, Rectangle
 from fuyu_jax.data.rows import PatchedExample
 from fuyu_jax.patches import Grid
 from fuyu_jax.tokenizer import IMAGE_PIECE, NEWLINE_PIECE, Tokenizer
-from fuyu_jax.viz.kinds import ANSWER, KINDS, NEWLINE, TEXT, token_kinds
+from fuyu_jax.viz.kinds import ANSWER, KINDS, NEWLINE, PATCH, TEXT, token_kinds
 
 GAP = 0.12  # between patches, as a share of a patch
 CHIP_LINE = 92  # characters of text tokens on a line
@@ -18,7 +18,7 @@ MOST_NUMBERS = 64  # with more patches than this, numbers would hide them
 
 
 def draw_patches(example: PatchedExample, tokenizer: Tokenizer) -> Figure:
-    """The first image of an example in its patches, and the text tokens after it.
+    """The first image of an example in its patches, and its text tokens.
 
     Above: patches in reading order, each with its index in the sequence, and the newline token that
     ends every row. Below: each text token's piece over its id.
@@ -31,11 +31,12 @@ def draw_patches(example: PatchedExample, tokenizer: Tokenizer) -> Figure:
     grid, patches = layout.grids[0], cut[0]
     kinds = token_kinds(layout.tokens, np.ones_like(layout.tokens), layout.loss_weights, tokenizer)
     text = np.flatnonzero((kinds == TEXT) | (kinds == ANSWER)).tolist()
-    lines = _wrap([tokenizer.piece(layout.tokens[i]) for i in text])
+    lines = _wrap([tokenizer.piece(int(layout.tokens[i])) for i in text])
     height = min(5.0, 0.62 * grid.rows)
     figure = Figure(figsize=(9.5, height + 0.62 * len(lines) + 1.1), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[height, 0.62 * len(lines)])
-    _draw_grid(above, patches, grid)
+    first = int(np.argmax(kinds == PATCH))
+    _draw_grid(above, patches, grid, first, height)
     above.set_title(
         f"{grid.height} × {grid.width} pixels: {grid.rows} rows of {grid.columns} patches and a "
         f"newline = {grid.tokens} tokens\n"
@@ -44,7 +45,7 @@ def draw_patches(example: PatchedExample, tokenizer: Tokenizer) -> Figure:
         fontsize=10,
     )
     _draw_chips(below, lines, layout.tokens[text], kinds[text], tokenizer)
-    below.set_title(f"then {len(text)} tokens of text (piece over id)", fontsize=10)
+    below.set_title(f"{len(text)} tokens of text (piece over id)", fontsize=10)
     handles = [
         Patch(facecolor=KINDS[kind][1], alpha=alpha, label=KINDS[kind][0])
         for kind, alpha in ((NEWLINE, 1), (TEXT, CHIP_ALPHA), (ANSWER, CHIP_ALPHA))
@@ -53,11 +54,15 @@ def draw_patches(example: PatchedExample, tokenizer: Tokenizer) -> Figure:
     return figure
 
 
-def _draw_grid(axes: Axes, patches: UInt8[np.ndarray, "P C"], grid: Grid) -> None:
+def _draw_grid(
+    axes: Axes, patches: UInt8[np.ndarray, "P C"], grid: Grid, first: int, height: float
+) -> None:
+    """Patches apart from each other, `height` inches in all; `first` is the index of the first."""
     side = round((patches.shape[1] / 3) ** 0.5)
     step = 1 + GAP
     cells = patches.reshape(grid.rows, grid.columns, side, side, 3)
     numbered = grid.patches <= MOST_NUMBERS
+    font = min(8.0, 72 * height / (grid.rows * step) / 2.8)  # two lines in a newline's cell
     for r in range(grid.rows):
         for c in range(grid.columns):
             x, y = c * step, r * step
@@ -66,7 +71,7 @@ def _draw_grid(axes: Axes, patches: UInt8[np.ndarray, "P C"], grid: Grid) -> Non
                 axes.text(
                     x + 0.06,
                     y + 0.05,
-                    str(r * (grid.columns + 1) + c),
+                    str(first + r * (grid.columns + 1) + c),
                     fontsize=6.5,
                     va="top",
                     bbox={
@@ -81,9 +86,9 @@ def _draw_grid(axes: Axes, patches: UInt8[np.ndarray, "P C"], grid: Grid) -> Non
         axes.text(
             x + 0.5,
             y + 0.5,
-            f"↵\n{r * (grid.columns + 1) + grid.columns}",
+            f"↵\n{first + r * (grid.columns + 1) + grid.columns}",
             color="white",
-            fontsize=8 if numbered else 6.5,
+            fontsize=font,
             ha="center",
             va="center",
         )

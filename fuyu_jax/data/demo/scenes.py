@@ -119,7 +119,8 @@ def draw(contents: Contents, rng: random.Random) -> tuple[Scene, np.ndarray]:
     cells = _grid_cells(contents, (ceiling, floor), width, rng)
     for (colour, shape), cell in zip(contents.pairs, cells, strict=True):
         top, left, bottom, right = cell
-        size = rng.randint(MIN_SHAPE, min(MAX_SHAPE, bottom - top - 1, right - left - 1))
+        room = min(MAX_SHAPE, bottom - top - 1, right - left - 1)
+        size = rng.randint(max(MIN_SHAPE, room * 5 // 8), room)
         y, x = rng.randint(top, bottom - size), rng.randint(left, right - size)
         mask = _shape_mask(shape, size)
         _paint(canvas, mask, y, x, _jitter(COLOURS[colour], rng))
@@ -201,7 +202,7 @@ def _grid_cells(
         (r, c)
         for r in range(1, min(_MAX_GRID, height // _CELL) + 1)
         for c in range(1, min(_MAX_GRID, width // _CELL) + 1)
-        if r * c >= count and not (axis == "x" and c < 2) and not (axis == "y" and r < 2)
+        if count <= r * c <= 2 * count + 1 and not (axis == "x" and c < 2) and not (axis == "y" and r < 2)
     ]
     grid_rows, grid_columns = rng.choice(grids)
     spots = [(r, c) for r in range(grid_rows) for c in range(grid_columns)]

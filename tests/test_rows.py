@@ -1,0 +1,115 @@
+"""Rows and batches filled from a plan."""
+
+import itertools
+
+import numpy as np
+import pytest
+from conftest import write_llava
+
+from fuyu_jax.config import DataConfig
+from fuyu_jax.data.layout import LayoutPolicy
+from fuyu_jax.data.rows import PackedData, Position
+from fuyu_jax.data.sources.llava import LlavaSource
+from fuyu_jax.errors import TrainingStoppedError
+from fuyu_jax.patches import grid_of, unpatchify
+
+POLICY = LayoutPolicy(patch_size=8)
+CONFIG = DataConfig(tokens_per_row=128, patches_per_row=96, prefetch_rows=4)
+
+
+@pytest.fixture(scope="module")
+def data(llava_json, tokenizer):
+    return PackedData(LlavaSource(llava_json), tokenizer, POLICY, CONFIG, seed=0)
+
+
+def take(data, count, start=(0, 0), rows=2):
+    return list(itertools.islice(data.batches(rows, Position(*start)), count))
+
+
+def test_every_example_is_in_one_row_and_whole(data, tokenizer):
+    rows = data.plan(0).rows
+    batches = take(data, rows, rows=1)
+    ids = [id for b in batches for row in b.ids for id in row]
+    assert sorted(ids) == sorted(data.source.id(i) for i in range(len(data.source)))
+    index = {data.source.id(i): i for i in range(len(data.source))}
+    for batch in batches:
+        arrays = batch.rows
+        patch_at = 0
+        for segment, id in enumerate(batch.ids[0], start=1):
+            here = arrays.segment_ids[0] == segment
+            example = data.source[index[id]]
+            count = here.sum()
+            np.testing.assert_array_equal(arrays.positions[0][here], np.arange(count))
+            for image in example.images:
+                grid = grid_of(image.height, image.width, 8)
+                patches = arrays.patches[0, patch_at : patch_at + grid.patches]
+                np.testing.assert_array_equal(unpatchify(patches, grid, 8), image.decode())
+                patch_at += grid.patches
+        placeholders = (arrays.tokens[0] == tokenizer.image_id).sum()
+        assert placeholders == patch_at
+        assert arrays.loss_weights[0][arrays.segment_ids[0] == 0].sum() == 0
+
+
+def test_batches_go_on_from_any_position_across_epochs(data):
+    rows = data.plan(0).rows
+    count = 2 * rows // 2 + 2  # past the end of the first epoch and into the third
+    all_of_them = take(data, count)
+    assert all_of_them[-1].after.epoch >= 1
+    for k in (0, 1, rows // 2, count - 2):
+        again = take(data, count - k - 1, start=all_of_them[k].after)
+        for a, b in zip(again, all_of_them[k + 1 :], strict=True):
+            assert a.ids == b.ids
+            assert a.after == b.after
+            for x, y in zip(a.rows, b.rows, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_threads_change_nothing(llava_json, tokenizer, data):
+    import dataclasses
+
+    threaded = PackedData(
+        LlavaSource(llava_json), tokenizer, POLICY, dataclasses.replace(CONFIG, threads=4), seed=0
+    )
+    for a, b in zip(take(data, 6), take(threaded, 6), strict=True):
+        assert a.ids == b.ids
+        np.testing.assert_array_equal(a.rows.patches, b.rows.patches)
+
+
+def test_epochs_are_shuffled_apart(data):
+    first, second = data.plan(0), data.plan(1)
+    assert sorted(first.examples) == sorted(second.examples)
+    assert first.examples.tolist() != second.examples.tolist()
+
+
+def test_an_image_that_breaks_late_leaves_its_row_neighbours(tmp_path, tokenizer, capsys):
+    path = write_llava(tmp_path, 10)
+    data = PackedData(LlavaSource(path), tokenizer, POLICY, CONFIG, seed=0)
+    (tmp_path / "images" / "3.png").unlink()  # after its header was read
+    batches = take(data, data.plan(0).rows, rows=1)
+    ids = {id for b in batches for row in b.ids for id in row}
+    assert ids == {f"r{i}" for i in range(10)} - {"r3"}
+    assert "3.png" in data.bad.reasons["r3"]
+    for b in batches:
+        assert set(np.unique(b.rows.segment_ids)) <= set(range(len(b.ids[0]) + 1))
+
+
+def test_too_many_bad_images_stop_it(tmp_path, tokenizer):
+    import dataclasses
+
+    path = write_llava(tmp_path, 10)
+    for i in (0, 1, 2):
+        (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")
+    config = dataclasses.replace(CONFIG, max_bad_examples=2)
+    with pytest.raises(TrainingStoppedError, match="3 examples have missing or broken images"):
+        PackedData(LlavaSource(path), tokenizer, POLICY, config, seed=0)
+
+
+def test_oversize_examples_are_told_and_left_out(tmp_path, tokenizer):
+    import dataclasses
+
+    path = write_llava(tmp_path, 30)
+    config = dataclasses.replace(CONFIG, patches_per_row=12)
+    data = PackedData(LlavaSource(path), tokenizer, POLICY, config, seed=0)
+    assert 0 < len(data.oversize) < 30
+    assert f"{len(data.oversize)} examples fit no row" in data.report()
+    assert data.source.id(int(data.oversize[0])) in data.report()
