@@ -88,7 +88,9 @@ def test_key_range_is_the_mask_by_definition(window, with_images):
     if with_images and window:
         # One run of keys is all that a range can say: a window that begins after its image's
         # beginning is widened to it, never narrowed.
-        assert (np.asarray(dense_mask(keys, 50)) | expected == np.asarray(dense_mask(keys, 50))).all()
+        assert (
+            np.asarray(dense_mask(keys, 50)) | expected == np.asarray(dense_mask(keys, 50))
+        ).all()
     else:
         np.testing.assert_array_equal(dense_mask(keys, 50), expected)
 

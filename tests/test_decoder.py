@@ -149,7 +149,9 @@ LLAMA = dataclasses.replace(
     "config",
     [
         pytest.param(FUYU, id="fuyu"),
-        pytest.param(dataclasses.replace(FUYU, image_attention="bidirectional"), id="bidirectional"),
+        pytest.param(
+            dataclasses.replace(FUYU, image_attention="bidirectional"), id="bidirectional"
+        ),
         pytest.param(LLAMA, id="llama"),
     ],
 )
@@ -187,7 +189,9 @@ def test_rotary_rotates_half_of_the_head_only():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 2, 16)), jnp.float32)
     out = rotate(x, *rotary_tables(jnp.arange(5)[None], 16, 0.5, 25_000.0))
     np.testing.assert_array_equal(out[..., 8:], x[..., 8:])
-    np.testing.assert_allclose(out[0], rotate_half(np.asarray(x[0], np.float64), 0.5, 25e3), atol=1e-6)
+    np.testing.assert_allclose(
+        out[0], rotate_half(np.asarray(x[0], np.float64), 0.5, 25e3), atol=1e-6
+    )
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
@@ -209,9 +213,7 @@ def test_remat_changes_nothing():
 
     def gradients(config):
         graph, state = nnx.split(make_decoder(config, image_id=IMAGE, newline_id=NEWLINE))
-        return jax.jit(
-            jax.grad(lambda s: jnp.sum(nnx.merge(graph, s)(batch)[..., 0] ** 2))
-        )(state)
+        return jax.jit(jax.grad(lambda s: jnp.sum(nnx.merge(graph, s)(batch)[..., 0] ** 2)))(state)
 
     plain, remat = gradients(FUYU), gradients(dataclasses.replace(FUYU, remat="full"))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):

@@ -75,9 +75,7 @@ def test_batch_size_changes_no_answer(setting):
     engine, params, prompts = setting
     expected = engine.answer(params, prompts)
     for size in (1, 7):
-        other = Engine(
-            engine.graph, engine.tokenizer, POLICY, batch_size=size, max_new_tokens=NEW
-        )
+        other = Engine(engine.graph, engine.tokenizer, POLICY, batch_size=size, max_new_tokens=NEW)
         assert other.answer(params, prompts) == expected
 
 

@@ -7,7 +7,14 @@ import pytest
 from PIL import Image as PilImage
 
 from fuyu_jax.data.example import Example, Image, Text
-from fuyu_jax.evals.judge import exact_match, iou, is_correct, mean_and_error, parse_boxes, summarise
+from fuyu_jax.evals.judge import (
+    exact_match,
+    iou,
+    is_correct,
+    mean_and_error,
+    parse_boxes,
+    summarise,
+)
 from fuyu_jax.evals.sheet import COLUMNS, RIGHT, WRONG, choose, draw_sheet
 
 

@@ -105,9 +105,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_checkpoint(tiny_config, tmp_path
     assert record["examples"]
     assert set(record["examples"]) <= {f"r{i}" for i in range(40)}
     kept = saved(tmp_path / "run", 2, trainer.state)
-    for x, y in zip(
-        jax.tree.leaves(kept.params), jax.tree.leaves(seen["params"]), strict=True
-    ):
+    for x, y in zip(jax.tree.leaves(kept.params), jax.tree.leaves(seen["params"]), strict=True):
         np.testing.assert_array_equal(x, y)
     # Taken up again, the run does the step that failed, with the batch that failed.
     whole = Trainer(at(tiny_config, tmp_path / "whole"))
@@ -180,7 +178,9 @@ def test_broken_images_are_counted_and_end_the_run_over_the_limit(tiny_config, t
     path = write_llava(tmp_path / "set", 15)
     (tmp_path / "set" / "images" / "0.png").unlink()
     good = (tmp_path / "set" / "images" / "1.png").read_bytes()
-    (tmp_path / "set" / "images" / "1.png").write_bytes(good[: len(good) // 2])  # its header is whole
+    (tmp_path / "set" / "images" / "1.png").write_bytes(
+        good[: len(good) // 2]
+    )  # its header is whole
     changes = {
         "data.train_json": str(path),
         "data.validation_json": "",

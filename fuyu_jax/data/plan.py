@@ -1,7 +1,9 @@
 """Which examples share which row: a pure function of lengths, seed, epoch and two budgets.
 
-First-fit decreasing on the scarcer of the two budgets, in blocks of a few thousand shuffled
-examples. Rows that a block leaves poorly filled go back to the examples of the next block; an
+First-fit on the scarcer of the two budgets, in blocks of a few thousand examples: the larger ones
+in random order, the smallest in decreasing order to fill what is left. (Decreasing order throughout
+packs no better and puts examples of one size into one row: the standard deviation of lengths in a
+row was 4 of 28 tokens on the demo set, and is 23 so.) Rows that a block leaves poorly filled go back to the examples of the next block; an
 example that has waited `MAX_WAIT` blocks keeps its row whatever its filling.
 """
 
@@ -12,6 +14,8 @@ from jaxtyping import Int32, Int64
 
 from fuyu_jax.config import digest
 
+# The smallest examples come last, in decreasing order: this share of a block.
+FILLERS = 0.3
 # Rows filled to less than this share of their tighter budget are given back to the next block...
 GOOD_FILL = 0.98
 # ... but no example waits longer than this many blocks.
@@ -105,6 +109,8 @@ def make_plan(
     for at in range(0, max(len(shuffled), 1), block):
         pool = np.concatenate([waiting, shuffled[at : at + block]])
         order = pool[np.argsort(-weight[pool], kind="stable")]
+        large = len(order) - int(len(order) * FILLERS)
+        order = np.concatenate([rng.permutation(order[:large]), order[large:]])
         rows, free_tokens, free_patches = _first_fit(
             order, tokens, patches, tokens_per_row, patches_per_row
         )

@@ -66,12 +66,23 @@ class Mention:
         return f"{'an' if str(self)[0] in 'aeiou' else 'a'} {self}"
 
 
+# Ways to speak of an object by where it stands; each side's axis, and whether it comes first there.
+ONLY = ""  # "the object", where there is one
+_SIDES = {
+    "leftmost": ("x", True),
+    "rightmost": ("x", False),
+    "highest": ("y", True),
+    "lowest": ("y", False),
+}
+PLACES = (ONLY, ONLY, *_SIDES)
+
 # Ways to make the mention of a pair: by both, by colour, by shape.
 _STYLES: tuple[Callable[[str, str], Mention], ...] = (
     lambda colour, shape: Mention(colour, shape),
     lambda colour, shape: Mention(colour=colour),
     lambda colour, shape: Mention(shape=shape),
 )
+_BY_COLOUR = _STYLES[:2]  # the colour alone tells which is meant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +138,7 @@ def caption_facts(text: str) -> Counter[str]:
 # --- wording ------------------------------------------------------------------------------------
 
 
-def _ask_colour(mention: Mention, answer: str) -> Turn:
+def _ask_colour(mention: Mention | str, answer: str) -> Turn:
     return Turn("colour", f"What colour is the {mention}?", answer)
 
 
@@ -204,11 +215,17 @@ def _twice(rng: random.Random, cards: Iterator) -> Iterator[tuple]:
 
 
 def _colour_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]:
-    for colour, shape in _shuffled(rng, named):
-        mention = Mention(shape=shape)
-        pairs = _with_one(rng, (colour, shape), mention)
-        turn = _ask_colour(mention, colour)
-        yield Draft(Contents(pairs), "colour", lambda scene, turn=turn: turn)
+    """By place, not by shape: what is asked for is colour, and where it is."""
+    for (colour, shape), place in zip(_shuffled(rng, named), _shuffled(rng, PLACES), strict=False):
+        pair = (colour, shape)
+        if place == ONLY:
+            contents = Contents((pair,))
+        else:
+            other = rng.choice([p for p in KNOWN if p[0] != colour])
+            axis, first = _SIDES[place]
+            contents = Contents((pair, other), order=(axis, 0, 1) if first else (axis, 1, 0))
+        turn = _ask_colour(f"{place} object".strip(), colour)
+        yield Draft(contents, "colour", lambda scene, turn=turn: turn)
 
 
 def _shape_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]:
@@ -223,7 +240,6 @@ def _count_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]:
     new = [pair for pair in named if pair in HELD_OUT]
     cards = [(Mention(), n) for n in range(1, MAX_SHAPES + 1)] * len(COLOURS)
     cards += [(Mention(colour=c), n) for c in COLOURS for n in range(MAX_COUNT + 1)]
-    cards += [(Mention(shape=s), n) for s in SHAPES for n in range(MAX_COUNT + 1)]
     for mention, answer in _shuffled(rng, cards):
         number = answer if mention == Mention() else rng.randint(max(1, answer), MAX_SHAPES)
         # In the compositional split what is counted, or else one of the others, is a new pair.
@@ -237,7 +253,7 @@ def _count_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]:
 def _relation_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]:
     def cards() -> Iterator[tuple[str, list[Pair], list[Mention]]]:
         while True:
-            style = rng.choice(_STYLES)
+            style = rng.choice(_BY_COLOUR)
             pairs = [rng.choice(named), rng.choice(KNOWN)]
             rng.shuffle(pairs)
             if pairs[0][0] != pairs[1][0] and pairs[0][1] != pairs[1][1]:
@@ -248,7 +264,7 @@ def _relation_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]
             rng,
             rng.randint(2, MAX_SHAPES),
             asked,
-            lambda pairs, ms=mentions: all(m.count(pairs) == 1 for m in ms),
+            lambda pairs, ms=mentions: all(Mention(m.colour).count(pairs) == 1 for m in ms),
         )
         turn = _ask_relation(axis, *mentions, answer)
         order = (axis, 0, 1) if answer else (axis, 1, 0)
@@ -257,8 +273,8 @@ def _relation_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]
 
 def _existence_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]:
     cards = [Mention(*pair) for pair in named]
-    often = max(1, len(named) // len(COLOURS))  # colour, shape and pair are asked equally often
-    cards += [Mention(colour=c) for c in COLOURS] * often
+    often = max(1, len(named) // len(COLOURS))  # colour as often as shape and pair together
+    cards += [Mention(colour=c) for c in COLOURS] * often * 2
     cards += [Mention(shape=s) for s in SHAPES] * often
     for mention, answer in _twice(rng, _shuffled(rng, cards)):
         number = rng.randint(1, MAX_SHAPES)
@@ -333,25 +349,43 @@ def _all_turns(
             yield _existence_turn(pairs, rng)
     elif family == "count" and not scene.word:
         yield _ask_count(Mention(), len(pairs))
-        kinds = [Mention(colour=c) for c in COLOURS] + [Mention(shape=s) for s in SHAPES]
+        kinds = [Mention(colour=c) for c in COLOURS]
         numbers = sorted({m.count(pairs) for m in kinds})
         number = rng.choice(numbers)
         yield _ask_count(rng.choice([m for m in kinds if m.count(pairs) == number]), number)
-    elif family in ("colour", "shape", "box"):
+    elif family == "colour":
+        for place in dict.fromkeys(PLACES):
+            if (thing := at_place(shapes, place)) is not None:
+                yield _ask_colour(f"{place} object".strip(), thing.colour)
+    elif family in ("shape", "box"):
         for mention in unique:
             thing = next(t for t in shapes if mention.matches(t.colour, t.kind))
             if family == "box":
                 yield _ask_box(mention, thing)
-            elif family == "colour" and not mention.colour:
-                yield _ask_colour(mention, thing.colour)
-            elif family == "shape" and not mention.shape:
+            elif not mention.shape:
                 yield _ask_shape(mention, thing.kind)
     elif family == "relation":
         yield from _relation_turns(shapes, pairs, rng)
 
 
+def at_place(shapes: Sequence[Thing], place: str) -> Thing | None:
+    """The one shape there, or the one that stands clear of all others on a side; else None."""
+    if place == ONLY or len(shapes) < 2:
+        return shapes[0] if place == ONLY and len(shapes) == 1 else None
+    axis, first = _SIDES[place]
+    near, far = (1, 3) if axis == "x" else (0, 2)
+    for thing in shapes:
+        others = [t for t in shapes if t is not thing]
+        if all(
+            thing.box[far] <= t.box[near] if first else t.box[far] <= thing.box[near]
+            for t in others
+        ):
+            return thing
+    return None
+
+
 def _existence_turn(pairs: Sequence[Pair], rng: random.Random) -> Turn:
-    style = rng.choice(("colour", "shape", "pair"))
+    style = rng.choice(("colour", "colour", "shape", "pair"))
     options = {
         "colour": [Mention(colour=c) for c in COLOURS],
         "shape": [Mention(shape=s) for s in SHAPES],
@@ -373,9 +407,9 @@ def _relation_turns(
     """One question for every two things that stand clearly apart, asked either way round."""
     for i, first in enumerate(shapes):
         for second in shapes[i + 1 :]:
-            style = rng.choice(_STYLES)
+            style = rng.choice(_BY_COLOUR)
             a, b = style(first.colour, first.kind), style(second.colour, second.kind)
-            if a.count(pairs) != 1 or b.count(pairs) != 1:
+            if Mention(a.colour).count(pairs) != 1 or Mention(b.colour).count(pairs) != 1:
                 continue
             for axis, near, far in (("x", 1, 3), ("y", 0, 2)):
                 before = first.box[far] <= second.box[near]

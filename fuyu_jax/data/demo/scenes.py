@@ -97,7 +97,7 @@ class Scene:
         return json.dumps(rows)
 
 
-def things_from_json(text: str) -> tuple[Thing, ...]:
+def things_from_json(text: str | bytes) -> tuple[Thing, ...]:
     """Reads back what `Scene.to_json` wrote."""
     return tuple(
         Thing(row["kind"], row["colour"], tuple(row["box"]), row.get("word", ""))
@@ -202,7 +202,9 @@ def _grid_cells(
         (r, c)
         for r in range(1, min(_MAX_GRID, height // _CELL) + 1)
         for c in range(1, min(_MAX_GRID, width // _CELL) + 1)
-        if count <= r * c <= 2 * count + 1 and not (axis == "x" and c < 2) and not (axis == "y" and r < 2)
+        if count <= r * c <= 2 * count + 1
+        and not (axis == "x" and c < 2)
+        and not (axis == "y" and r < 2)
     ]
     grid_rows, grid_columns = rng.choice(grids)
     spots = [(r, c) for r in range(grid_rows) for c in range(grid_columns)]
