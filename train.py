@@ -19,8 +19,10 @@ def main() -> None:
         overrides.append(f"workdir={args.workdir}")
     config = config_lib.load(args.config, overrides)
 
+    from fuyu_jax.parallel import use_cpu_cores
     from fuyu_jax.train import Trainer
 
+    use_cpu_cores(config.rows_per_batch)
     Trainer(config).run()
 
 

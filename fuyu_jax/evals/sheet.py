@@ -79,7 +79,7 @@ def draw_sheet(
 ) -> PilImage.Image:
     """The sheet. Green: right, red: wrong; boxes: the answer's in its colour, the expected blue."""
     chosen = choose(samples, limit)
-    height = PICTURE + 8 * 16 + 2 * MARGIN
+    height = PICTURE + 6 * 16 + 2 * MARGIN
     rows = max(1, -(-len(chosen) // COLUMNS))
     sheet = PilImage.new("RGB", (COLUMNS * CELL, rows * height + 34), "white")
     draw = ImageDraw.Draw(sheet)
@@ -96,9 +96,9 @@ def draw_sheet(
         sheet.paste(_picture(examples[i], boxes), (x, y))
         draw.rectangle((x, y, x + CELL - 2 * MARGIN - 1, y + PICTURE - 1), outline=colour, width=2)
         question = sample["prompt"].replace("<image>", "").strip()
-        at = _write(draw, (x, y + PICTURE + 4), f"[{sample['family']}] {question}", (30, 30, 30), 3)
+        at = _write(draw, (x, y + PICTURE + 4), f"[{sample['family']}] {question}", (30, 30, 30), 2)
         answer = sample.get("error") or sample["answer"]
-        at = _write(draw, (x, at), ("✓ " if sample["correct"] else "✗ ") + answer, colour, 3)
+        at = _write(draw, (x, at), ("right: " if sample["correct"] else "wrong: ") + answer, colour, 2)
         if not sample["correct"]:
             _write(draw, (x, at), f"expected: {sample['expected']}", EXPECTED, 2)
     return sheet

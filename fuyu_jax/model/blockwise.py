@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from fuyu_jax.parallel.shards import map_shards
+
 # 64 × 64 was the fastest or near it for head sizes 32 and 64 on CPU (docs/performance.md).
 BLOCK = 64
 _MASKED = -1e30
@@ -120,13 +122,17 @@ def _blockwise(q, k, v, start, stop, scale, block):
 
 def _blockwise_forward(q, k, v, start, stop, scale, block):
     row = functools.partial(_forward_row, scale=scale, block=block)
-    out, lse = jax.lax.map(lambda args: row(*args), (q, k, v, start, stop))
+    out, lse = map_shards(
+        lambda *rows: jax.lax.map(lambda args: row(*args), rows), q, k, v, start, stop
+    )
     return out, (q, k, v, start, stop, out, lse)
 
 
 def _blockwise_backward(scale, block, saved, d_out):
     row = functools.partial(_backward_row, scale=scale, block=block)
-    dq, dk, dv = jax.lax.map(lambda args: row(*args), (*saved, d_out))
+    dq, dk, dv = map_shards(
+        lambda *rows: jax.lax.map(lambda args: row(*args), rows), *saved, d_out
+    )
     return dq, dk, dv, None, None
 
 

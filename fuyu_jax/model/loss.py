@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
+from fuyu_jax.parallel.shards import row_shards, sum_shards
+
 CHUNK = 512
+
+
+def _slice(x: jax.Array, at: jax.Array, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, at, size)
 
 
 def _chunk_terms(hidden, kernel, targets, weights):
@@ -36,44 +42,55 @@ def _by_weight(hidden, targets, weights, chunk):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _loss_sums(hidden, kernel, targets, weights, chunk):
-    rows, targets, weights, _, count = _by_weight(hidden, targets, weights, chunk)
+    def local(hidden, targets, weights):
+        rows, targets, weights, _, count = _by_weight(hidden, targets, weights, chunk)
 
-    def body(i, sums):
-        at = [jax.lax.dynamic_slice_in_dim(a, i * chunk, chunk) for a in (rows, targets, weights)]
-        _, _, loss, hits = _chunk_terms(at[0], kernel, at[1], at[2])
-        return sums[0] + loss, sums[1] + hits
+        def body(i, sums):
+            at = [_slice(a, i * chunk, chunk) for a in (rows, targets, weights)]
+            _, _, loss, hits = _chunk_terms(at[0], kernel, at[1], at[2])
+            return sums[0] + loss, sums[1] + hits
 
-    zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
-    return jax.lax.fori_loop(0, -(-count // chunk), body, zero)
+        zero = (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+        return jax.lax.fori_loop(0, -(-count // chunk), body, zero)
+
+    return sum_shards(local, (True, True), hidden, targets, weights)
 
 
 def _loss_sums_forward(hidden, kernel, targets, weights, chunk):
-    rows, flat_targets, flat_weights, order, count = _by_weight(hidden, targets, weights, chunk)
-
-    def body(i, carry):
-        total, hits, d_rows, d_kernel = carry
-        at = i * chunk
-        h, t, w = (
-            jax.lax.dynamic_slice_in_dim(a, at, chunk) for a in (rows, flat_targets, flat_weights)
+    def local(hidden, targets, weights):
+        rows, flat_targets, flat_weights, order, count = _by_weight(
+            hidden, targets, weights, chunk
         )
-        logits, lse, loss, hit = _chunk_terms(h, kernel, t, w)
-        d_logits = jnp.exp(logits - lse[:, None])
-        d_logits = (d_logits.at[jnp.arange(chunk), t].add(-1.0) * w[:, None]).astype(h.dtype)
-        d_h = jnp.matmul(d_logits, kernel.astype(h.dtype).T)
-        d_kernel = d_kernel + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
-        d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, d_h, at, 0)
-        return total + loss, hits + hit, d_rows, d_kernel
 
-    init = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros_like(rows),
-        jnp.zeros(kernel.shape, jnp.float32),
+        def body(i, carry):
+            total, hits, d_rows, d_kernel = carry
+            at = i * chunk
+            h, t, w = (_slice(a, at, chunk) for a in (rows, flat_targets, flat_weights))
+            logits, lse, loss, hit = _chunk_terms(h, kernel, t, w)
+            d_logits = jnp.exp(logits - lse[:, None])
+            d_logits = (d_logits.at[jnp.arange(chunk), t].add(-1.0) * w[:, None]).astype(h.dtype)
+            d_h = jnp.matmul(d_logits, kernel.astype(h.dtype).T)
+            d_kernel = d_kernel + jnp.matmul(
+                h.T, d_logits, preferred_element_type=jnp.float32
+            )
+            d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, d_h, at, 0)
+            return total + loss, hits + hit, d_rows, d_kernel
+
+        init = (
+            jnp.zeros((), jnp.float32),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros_like(rows),
+            jnp.zeros(kernel.shape, jnp.float32),
+        )
+        total, hits, d_rows, d_kernel = jax.lax.fori_loop(0, -(-count // chunk), body, init)
+        # The padding of `order` points at position 0; its rows' gradients are 0.
+        d_hidden = jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype).at[order].add(d_rows)
+        return total, hits, d_hidden.reshape(hidden.shape), d_kernel.astype(kernel.dtype)
+
+    total, hits, d_hidden, d_kernel = sum_shards(
+        local, (True, True, False, True), hidden, targets, weights
     )
-    total, hits, d_rows, d_kernel = jax.lax.fori_loop(0, -(-count // chunk), body, init)
-    # The padding of `order` points at row 0, so only live rows may add to the gradient.
-    d_hidden = jnp.zeros((targets.size, hidden.shape[-1]), hidden.dtype).at[order].add(d_rows)
-    return (total, hits), (d_hidden.reshape(hidden.shape), d_kernel.astype(kernel.dtype))
+    return (total, hits), (d_hidden, d_kernel)
 
 
 def _loss_sums_backward(chunk, saved, cotangents):
@@ -105,5 +122,5 @@ def loss_sums(
     """
     targets = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)
     weights = jnp.concatenate([loss_weights[:, 1:], jnp.zeros_like(loss_weights[:, :1])], axis=1)
-    chunk = min(chunk, targets.size)
+    chunk = min(chunk, targets.size // row_shards(targets.shape[0]))
     return _loss_sums(hidden, kernel, targets, weights, chunk)

@@ -4,6 +4,6 @@
 parameter is split over them.
 """
 
-from fuyu_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings
+from fuyu_jax.parallel.mesh import batch_sharding, make_mesh, state_shardings, use_cpu_cores
 
-__all__ = ["batch_sharding", "make_mesh", "state_shardings"]
+__all__ = ["batch_sharding", "make_mesh", "state_shardings", "use_cpu_cores"]

@@ -1,6 +1,7 @@
 """The mesh, and the table of rules that shards parameters and batches over it."""
 
 import math
+import os
 import re
 
 import jax
@@ -10,6 +11,22 @@ from fuyu_jax.config import MeshConfig
 from fuyu_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+
+
+def use_cpu_cores(rows_per_batch: int) -> None:
+    """Makes one CPU device of each core, as far as rows divide; no effect on GPU and TPU.
+
+    XLA runs one CPU program on one core but for its large matrix products; rows over devices keep
+    all cores busy. Must come before JAX is first used; a number set from outside stays.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    available = getattr(os, "sched_getaffinity", None)
+    cores = len(available(0)) if available else os.cpu_count() or 1
+    count = max(n for n in range(1, cores + 1) if rows_per_batch % n == 0)
+    jax.config.update("jax_num_cpu_devices", count)
 
 # The last axes of a parameter, by the end of its path; stacked layers have one more axis in front.
 # The first match counts; what matches nothing is replicated.

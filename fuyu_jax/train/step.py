@@ -119,9 +119,15 @@ def make_train_step(
         )
         return new, metrics
 
-    return jax.jit(
+    jitted = jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh, leading=1)),
         out_shardings=(shardings, None),
     )
+
+    def run(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
+        with jax.set_mesh(mesh):  # attention and loss keep to each device's own rows
+            return jitted(state, batch)
+
+    return run

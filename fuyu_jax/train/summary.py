@@ -87,15 +87,13 @@ def _mean(values: dict[str, float], names: tuple[str, ...] | None = None) -> flo
 
 def draw_curves(workdir: Path) -> None:
     """`loss.png` and, where there was validation, `accuracy.png`, from `metrics.jsonl`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot: a notebook's backend is none of ours
 
     lines = read_metrics(workdir)
     losses = [(x["step"], x["loss"]) for x in lines if "loss" in x]
     if losses:
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         steps, values = zip(*losses, strict=True)
         axes.plot(steps, values, color="0.75", linewidth=0.8, label="loss of the step")
         axes.plot(steps, _smooth(values), color="C0", label="running mean")
@@ -106,7 +104,8 @@ def draw_curves(workdir: Path) -> None:
     key = "validation/correct/"
     families = sorted({k for x in lines for k in x if k.startswith(key)})
     if families:
-        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
         for n, family in enumerate(families):
             points = [(x["step"], x[family]) for x in lines if family in x]
             style = "-" if n < 10 else "--"
@@ -126,9 +125,6 @@ def _smooth(values: tuple[float, ...], window: int = 20) -> list[float]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot as plt
-
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
     partial.replace(path)

@@ -39,7 +39,7 @@ HELD_OUT: tuple[Pair, ...] = tuple(zip(COLOURS, SHAPES, strict=True))
 KNOWN: tuple[Pair, ...] = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT)
 
 MIN_SIDE, MAX_SIDE = 24, 160
-MIN_SHAPE, MAX_SHAPE = 9, 36
+MIN_SHAPE, MAX_SHAPE = 9, 40
 MAX_SHAPES = 4  # four of MIN_SHAPE still fit the smallest canvas
 MAX_SHAPES_WITH_WORD = 2
 _CELL = MIN_SHAPE + 2
@@ -108,12 +108,12 @@ def things_from_json(text: str | bytes) -> tuple[Thing, ...]:
 def draw(contents: Contents, rng: random.Random) -> tuple[Scene, np.ndarray]:
     """Lays the contents out on a canvas of random size and paints it: the scene and uint8 RGB."""
     height, width = rng.randint(MIN_SIDE, MAX_SIDE), rng.randint(MIN_SIDE, MAX_SIDE)
-    canvas, ink = _background(height, width, rng)
+    canvas = _background(height, width, rng)
     floor, ceiling = height, 0
     word_thing: list[Thing] = []
     if contents.word:
-        thing, mask, ceiling, floor = _place_word(contents, height, width, ink, rng)
-        _paint(canvas, mask, thing.box[0], thing.box[1], _jitter(_INKS[ink], rng))
+        thing, mask, ceiling, floor = _place_word(contents, height, width, rng)
+        _paint(canvas, mask, thing.box[0], thing.box[1], _jitter(_INK, rng))
         word_thing = [thing]
     things = []
     cells = _grid_cells(contents, (ceiling, floor), width, rng)
@@ -135,14 +135,17 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-_INKS = {"black": (16, 16, 16), "white": (244, 244, 244)}
+_INK = (24, 24, 24)
 
 
-def _background(height: int, width: int, rng: random.Random) -> tuple[np.ndarray, str]:
-    """A nearly grey canvas, light or dark, and the ink that can be read on it."""
-    dark = rng.random() < 0.5
-    level = rng.randint(14, 44) if dark else rng.randint(214, 244)
-    base = np.array([level + rng.randint(-10, 10) for _ in range(3)], np.float32)
+def _background(height: int, width: int, rng: random.Random) -> np.ndarray:
+    """A light grey canvas: plain, shaded or striped.
+
+    It is neutral on purpose. A tint, however faint, covers the whole image and so outweighs the
+    colour of a small object in any average over patches, which is all that an untrained attention
+    can take.
+    """
+    level = rng.randint(214, 246)
     style = rng.choice(("plain", "gradient", "stripes"))
     y = np.arange(height, dtype=np.float32)[:, None]
     x = np.arange(width, dtype=np.float32)[None, :]
@@ -154,9 +157,8 @@ def _background(height: int, width: int, rng: random.Random) -> tuple[np.ndarray
         relief = np.where(across % period < period / 2, rng.uniform(4, 10), 0.0)
     else:
         relief = np.zeros(())
-    relief = np.broadcast_to(np.round(relief), (height, width))
-    canvas = np.clip(base + relief[..., None], 0, 255).astype(np.uint8)
-    return canvas, "white" if dark else "black"
+    grey = np.broadcast_to(np.clip(level + np.round(relief), 0, 255), (height, width))
+    return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
 
 
 def _jitter(colour: tuple[int, int, int], rng: random.Random) -> np.ndarray:
@@ -169,7 +171,7 @@ def _paint(canvas: np.ndarray, mask: np.ndarray, top: int, left: int, colour: np
 
 
 def _place_word(
-    contents: Contents, height: int, width: int, ink: str, rng: random.Random
+    contents: Contents, height: int, width: int, rng: random.Random
 ) -> tuple[Thing, np.ndarray, int, int]:
     """Puts the word into a band at the top or bottom; also returns the rows left for shapes."""
     need = _CELL if contents.pairs else 0
@@ -185,7 +187,7 @@ def _place_word(
     band_top = 0 if above else height - band
     top = rng.randint(band_top + 1, band_top + band - rows - 1)
     left = rng.randint(1, width - columns - 1)
-    thing = Thing("word", ink, (top, left, top + rows, left + columns), contents.word)
+    thing = Thing("word", "black", (top, left, top + rows, left + columns), contents.word)
     return thing, mask, (band if above else 0), (height if above else height - band)
 
 
