@@ -163,6 +163,8 @@ def train_sentencepiece(
     vocab_size: int,
     *,
     max_coordinate: int = 80,
+    phrases: bool = False,
+    words: Sequence[str] = (),
 ) -> Path:
     """Trains a sentencepiece model (BPE, byte fallback) with Fuyu's special tokens.
 
@@ -176,17 +178,20 @@ def train_sentencepiece(
       model_path: where the `.model` file goes; written whole or not at all.
       vocab_size: the most pieces.
       max_coordinate: half of the longest image side (Fuyu's coordinates count two pixels).
+      phrases: let a piece span several words, which shortens text made from templates.
+      words: words that are pieces of their own (alone and after a space), never part of a phrase.
 
     Raises:
       UserError: `vocab_size` has no room for the pieces that must be there.
     """
     model_path = Path(model_path)
     coordinates = [str(n) for n in range(max_coordinate + 1)]
-    needed = 256 + 5 + len(coordinates)
+    own = [piece for word in words for piece in (f"\u2581{word}", word)]
+    needed = 256 + 5 + len(coordinates) + len(own)
     if vocab_size < needed + 32:
         raise UserError(
             f"vocab_size {vocab_size}: {needed} pieces are taken by bytes, special tokens and "
-            f"coordinates 0..{max_coordinate}; give at least {needed + 32}"
+            f"coordinates 0..{max_coordinate} and given words; give at least {needed + 32}"
         )
     cleaned = [t for t in (_CONTROL.sub(" ", _MARKUP.sub(" ", t)).strip() for t in texts) if t]
     if not cleaned:
@@ -207,7 +212,9 @@ def train_sentencepiece(
                 add_dummy_prefix=False,
                 remove_extra_whitespaces=False,
                 control_symbols=[IMAGE_PIECE, NEWLINE_PIECE, EOS_PIECE],
-                user_defined_symbols=coordinates,
+                user_defined_symbols=[*coordinates, *own],
+                split_by_whitespace=not phrases,
+                max_sentencepiece_length=48 if phrases else 16,
                 pad_id=0,
                 bos_id=1,
                 unk_id=2,

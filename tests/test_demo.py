@@ -17,7 +17,7 @@ from fuyu_jax.data.demo import builder, questions, scenes
 SIZES = {"train": 320, "validation": 64, "test": 160, "compositional": 70}
 
 
-def _fake_tokenizer(texts, model_path, vocab_size):
+def _fake_tokenizer(texts, model_path, vocab_size, **_):
     lines = sorted(set(texts))
     Path(model_path).write_text("\n".join(lines))
 
@@ -83,7 +83,7 @@ def test_the_same_settings_give_the_same_bytes(demo_dir, tmp_path, monkeypatch):
 def test_prepare_runs_once_and_leaves_nothing_half_written(tmp_path, monkeypatch):
     sizes = {"train": 8, "test": 8}
 
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("no tokenizer today")
 
     monkeypatch.setattr("fuyu_jax.tokenizer.train_sentencepiece", broken, raising=False)

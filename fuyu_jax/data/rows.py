@@ -284,7 +284,9 @@ class PackedData:
         while True:
             taken = [next(rows) for _ in range(rows_per_batch)]
             yield Batch(
-                PackedBatch(*(np.concatenate(a) for a in zip(*(r.batch for _, r in taken)))),
+                PackedBatch(
+                    *(np.concatenate(a) for a in zip(*(r.batch for _, r in taken), strict=True))
+                ),
                 tuple(r.ids for _, r in taken),
                 taken[-1][0],
             )

@@ -98,7 +98,9 @@ def draw_sheet(
         question = sample["prompt"].replace("<image>", "").strip()
         at = _write(draw, (x, y + PICTURE + 4), f"[{sample['family']}] {question}", (30, 30, 30), 2)
         answer = sample.get("error") or sample["answer"]
-        at = _write(draw, (x, at), ("right: " if sample["correct"] else "wrong: ") + answer, colour, 2)
+        at = _write(
+            draw, (x, at), ("right: " if sample["correct"] else "wrong: ") + answer, colour, 2
+        )
         if not sample["correct"]:
             _write(draw, (x, at), f"expected: {sample['expected']}", EXPECTED, 2)
     return sheet

@@ -130,9 +130,7 @@ def _blockwise_forward(q, k, v, start, stop, scale, block):
 
 def _blockwise_backward(scale, block, saved, d_out):
     row = functools.partial(_backward_row, scale=scale, block=block)
-    dq, dk, dv = map_shards(
-        lambda *rows: jax.lax.map(lambda args: row(*args), rows), *saved, d_out
-    )
+    dq, dk, dv = map_shards(lambda *rows: jax.lax.map(lambda args: row(*args), rows), *saved, d_out)
     return dq, dk, dv, None, None
 
 

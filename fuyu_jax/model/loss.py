@@ -58,9 +58,7 @@ def _loss_sums(hidden, kernel, targets, weights, chunk):
 
 def _loss_sums_forward(hidden, kernel, targets, weights, chunk):
     def local(hidden, targets, weights):
-        rows, flat_targets, flat_weights, order, count = _by_weight(
-            hidden, targets, weights, chunk
-        )
+        rows, flat_targets, flat_weights, order, count = _by_weight(hidden, targets, weights, chunk)
 
         def body(i, carry):
             total, hits, d_rows, d_kernel = carry
@@ -70,9 +68,7 @@ def _loss_sums_forward(hidden, kernel, targets, weights, chunk):
             d_logits = jnp.exp(logits - lse[:, None])
             d_logits = (d_logits.at[jnp.arange(chunk), t].add(-1.0) * w[:, None]).astype(h.dtype)
             d_h = jnp.matmul(d_logits, kernel.astype(h.dtype).T)
-            d_kernel = d_kernel + jnp.matmul(
-                h.T, d_logits, preferred_element_type=jnp.float32
-            )
+            d_kernel = d_kernel + jnp.matmul(h.T, d_logits, preferred_element_type=jnp.float32)
             d_rows = jax.lax.dynamic_update_slice_in_dim(d_rows, d_h, at, 0)
             return total + loss, hits + hit, d_rows, d_kernel
 

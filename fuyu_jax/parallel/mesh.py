@@ -28,6 +28,7 @@ def use_cpu_cores(rows_per_batch: int) -> None:
     count = max(n for n in range(1, cores + 1) if rows_per_batch % n == 0)
     jax.config.update("jax_num_cpu_devices", count)
 
+
 # The last axes of a parameter, by the end of its path; stacked layers have one more axis in front.
 # The first match counts; what matches nothing is replicated.
 _RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (

@@ -26,8 +26,8 @@ from fuyu_jax.generate.loading import model_maker
 from fuyu_jax.model.attention import choose_backend
 from fuyu_jax.parallel.mesh import batch_sharding, make_mesh
 from fuyu_jax.train.metrics import Recorder
-from fuyu_jax.train.patch_init import whitening
 from fuyu_jax.train.optimizer import make_optimizer, schedule
+from fuyu_jax.train.patch_init import whitening
 from fuyu_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
 from fuyu_jax.train.summary import write_summary
 
@@ -68,7 +68,8 @@ class Trainer:
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if config.rows_per_batch % shards:
             raise UserError(
-                f"rows_per_batch={config.rows_per_batch} does not divide over data × fsdp = {shards}"
+                f"rows_per_batch={config.rows_per_batch} does not divide over {shards} devices "
+                "(data × fsdp)"
             )
         self.backend = choose_backend(config.model.attention_backend)
         self.sources: Sources = open_sources(config.data)
@@ -134,7 +135,8 @@ class Trainer:
             f"{self.config.name}: {self.parameters:,} parameters, vocabulary "
             f"{self.tokenizer.vocab_size}, attention {self.backend}, "
             f"compute {self.config.model.dtype}\n"
-            f"devices: {jax.device_count()} {device.platform} ({axes}); work folder {self.workdir}\n"
+            f"devices: {jax.device_count()} {device.platform} ({axes}); "
+            f"work folder {self.workdir}\n"
             f"data: {self.data.report()}"
         )
 

@@ -16,7 +16,8 @@ from fuyu_jax.patches import normalise
 def whitening(
     patches: UInt8[np.ndarray, "N C"], dim: int, std: float, floor: float = 1e-4, seed: int = 0
 ) -> tuple[Float32[np.ndarray, "C D"], Float32[np.ndarray, " D"]]:
-    """Kernel and bias that map patches to decorrelated features of standard deviation `std`.
+    """Kernel and bias that map patches to decorrelated features of standard deviation `std`, around
+    a random vector of the same size.
 
     Args:
       patches: a sample of training patches.
@@ -38,4 +39,7 @@ def whitening(
     rng = np.random.default_rng(seed)
     mix = np.linalg.qr(rng.normal(size=(dim, dim)))[0][: kernel.shape[1]]
     kernel = kernel @ mix
-    return kernel.astype(np.float32), (-mean @ kernel).astype(np.float32)
+    # Without a direction of its own a blank patch would be next to nothing, and the norm before the
+    # first block would blow that up to noise as strong as an object.
+    own = std * rng.normal(size=dim)
+    return kernel.astype(np.float32), (own - mean @ kernel).astype(np.float32)

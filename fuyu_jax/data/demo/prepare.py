@@ -15,6 +15,7 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from fuyu_jax.data.demo.builder import DEFAULT_SIZES, ShapesAndWords
+from fuyu_jax.data.demo.scenes import COLOURS, SHAPES
 
 TOKENIZER_FILE = "tokenizer.model"
 _SETTINGS_FILE = "settings.json"
@@ -86,7 +87,15 @@ def _build(directory: Path, sizes: Mapping[str, int], seed: int, vocab_size: int
         finally:
             tfds.enable_progress_bar()
     shutil.rmtree(directory / "downloads", ignore_errors=True)  # TFDS makes it, empty
-    train_sentencepiece(_training_text(directory), directory / TOKENIZER_FILE, vocab_size)
+    # Questions come from templates: a template's words in one piece halve a row's text, while
+    # what is asked for stays a word of its own.
+    train_sentencepiece(
+        _training_text(directory),
+        directory / TOKENIZER_FILE,
+        vocab_size,
+        phrases=True,
+        words=(*COLOURS, *SHAPES),
+    )
 
 
 def _training_text(directory: Path) -> Iterator[str]:

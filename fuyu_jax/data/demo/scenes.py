@@ -107,7 +107,7 @@ def things_from_json(text: str | bytes) -> tuple[Thing, ...]:
 
 def draw(contents: Contents, rng: random.Random) -> tuple[Scene, np.ndarray]:
     """Lays the contents out on a canvas of random size and paints it: the scene and uint8 RGB."""
-    height, width = rng.randint(MIN_SIDE, MAX_SIDE), rng.randint(MIN_SIDE, MAX_SIDE)
+    height, width = _side(rng), _side(rng)
     canvas = _background(height, width, rng)
     floor, ceiling = height, 0
     word_thing: list[Thing] = []
@@ -126,6 +126,11 @@ def draw(contents: Contents, rng: random.Random) -> tuple[Scene, np.ndarray]:
         _paint(canvas, mask, y, x, _jitter(COLOURS[colour], rng))
         things.append(Thing(shape, colour, (y, x, y + mask.shape[0], x + mask.shape[1])))
     return Scene(height, width, (*things, *word_thing)), canvas
+
+
+def _side(rng: random.Random) -> int:
+    """Log-uniform: small and large images by ratio, not by difference."""
+    return round(MIN_SIDE * (MAX_SIDE / MIN_SIDE) ** rng.random())
 
 
 def png(pixels: np.ndarray) -> bytes:

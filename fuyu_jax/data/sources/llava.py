@@ -109,7 +109,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 def _image_paths(record: dict[str, Any]) -> list[str]:
     paths = record.get("image", record.get("images")) or []
-    return [paths] if isinstance(paths, str) else list(paths)
+    return list(paths) if isinstance(paths, list) else [paths]
 
 
 def _family(record: dict[str, Any]) -> str:
