@@ -81,6 +81,7 @@ class DataConfig:
     max_image_width: int = 1920
     pad_value: int = 1  # of the bottom and right edge, in 0..255
     plan_block: int = 4096  # examples planned together
+    easy_first_epochs: int = 0  # so many epochs go from easy examples to hard ones
     max_bad_examples: int = 10  # training stops when more images than this are missing or broken
     prefetch_rows: int = 16
     threads: int = 1

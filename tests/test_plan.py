@@ -70,6 +70,18 @@ def test_the_hash_tells_lengths_and_settings_apart():
     assert first != plan_digest(tokens, patches, {"seed": 1})
 
 
+def test_easy_first_goes_from_easy_to_hard_and_loses_none():
+    tokens, patches = lengths(4000)
+    difficulty = np.random.default_rng(1).uniform(1, 16, 4000).astype(np.float32)
+    plan = plan_of(tokens, patches, block=256, difficulty=difficulty)
+    assert sorted(plan.examples.tolist()) == list(range(4000))
+    quarters = np.array_split(difficulty[plan.examples], 4)
+    means = [q.mean() for q in quarters]
+    assert means == sorted(means)
+    assert means[0] < 5.5 < 12 < means[-1]
+    assert plan.token_padding < 0.05  # small blocks
+
+
 def test_text_alone_needs_no_patches():
     plan = plan_of([100, 100, 50], [0, 0, 0], patches_per_row=0)
     assert plan.rows == 1

@@ -11,7 +11,7 @@ whatever its filling.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Float32, Int32, Int64
 
 from fuyu_jax.config import digest
 
@@ -87,6 +87,7 @@ def make_plan(
     seed: int,
     epoch: int,
     block: int = 4096,
+    difficulty: Float32[np.ndarray, "N"] | None = None,
 ) -> Plan:
     """Plans one epoch: every example that fits a row is in exactly one.
 
@@ -95,16 +96,22 @@ def make_plan(
       tokens_per_row, patches_per_row: the two budgets.
       seed, epoch: choose the order of examples and of rows.
       block: examples planned together.
+      difficulty: if given, blocks go from easy examples to hard ones instead of all mixed: a
+        curriculum. Only ratios count: the order stays random within a third of an octave.
     """
     tokens = token_lengths.astype(np.int64)
     patches = patch_lengths.astype(np.int64)
     too_long = (tokens > tokens_per_row) | (patches > patches_per_row)
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(np.flatnonzero(~too_long))
+    if difficulty is not None:
+        rank = np.log2(difficulty[shuffled]) + rng.uniform(-1 / 6, 1 / 6, len(shuffled))
+        shuffled = shuffled[np.argsort(rank, kind="stable")]
     # Normalised to their budgets, the larger of the two is what fills a row.
     weight = np.maximum(tokens / tokens_per_row, patches / max(patches_per_row, 1))
 
     done: list[list[int]] = []
+    begun = 0  # rows of earlier blocks
     waiting = np.zeros(0, np.int64)
     waited = np.zeros(len(tokens), np.int64)
     for at in range(0, max(len(shuffled), 1), block):
@@ -127,8 +134,10 @@ def make_plan(
                 back += row
         waiting = np.asarray(back, np.int64)
         waited[waiting] += 1
-    order = rng.permutation(len(done))
-    done = [done[i] for i in order]
+        if difficulty is not None or last:
+            order = rng.permutation(len(done) - begun) + begun
+            done[begun:] = [done[i] for i in order]
+            begun = len(done)
     sizes = np.asarray([0, *(len(r) for r in done)], np.int64)
     examples = np.asarray([i for r in done for i in r], np.int64)
     room_t = max(len(done) * tokens_per_row, 1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from jaxtyping import Int32, UInt8
+from jaxtyping import Float32, Int32, UInt8
 
 from fuyu_jax.batch import PackedBatch
 from fuyu_jax.config import DataConfig
@@ -83,10 +83,14 @@ class BadExamples:
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Token and patch lengths of every example of a source; 0 tokens: left out as bad."""
+    """Token and patch lengths of every example of a source; 0 tokens: left out as bad.
+
+    difficulty: what the source says of an example, its tokens where it says nothing.
+    """
 
     tokens: Int32[np.ndarray, "N"]
     patches: Int32[np.ndarray, "N"]
+    difficulty: Float32[np.ndarray, "N"]
     images: int
     resized: int
 
@@ -97,17 +101,20 @@ def measure(
     """Lays out every example of a source, from headers alone."""
     tokens = np.zeros(len(source), np.int32)
     patches = np.zeros(len(source), np.int32)
+    difficulty = np.ones(len(source), np.float32)
     images = resized = 0
     for i in range(len(source)):
         try:
-            layout = lay_out(source[i], tokenizer, policy)
+            example = source[i]
+            layout = lay_out(example, tokenizer, policy)
         except BadImageError as error:
             bad.add(source.id(i), str(error))
             continue
+        difficulty[i] = example.info.get("difficulty", len(layout.tokens))
         tokens[i], patches[i] = len(layout.tokens), layout.num_patches
         images += len(layout.grids)
         resized += layout.resized
-    return Lengths(tokens, patches, images, resized)
+    return Lengths(tokens, patches, difficulty, images, resized)
 
 
 class Row(NamedTuple):
@@ -211,6 +218,7 @@ class PackedData:
             "tokens": self.config.tokens_per_row,
             "patches": self.config.patches_per_row,
             "block": self.config.plan_block,
+            "easy_first_epochs": self.config.easy_first_epochs,
         }
         return plan_digest(self.lengths.tokens, self.lengths.patches, settings)
 
@@ -225,6 +233,11 @@ class PackedData:
                 seed=self.seed,
                 epoch=epoch,
                 block=self.config.plan_block,
+                difficulty=(
+                    self.lengths.difficulty[self.usable]
+                    if epoch < self.config.easy_first_epochs
+                    else None
+                ),
             )
             self._plans = {
                 epoch: dataclasses.replace(

@@ -114,12 +114,16 @@ def more_turns(scene: Scene, first: Turn, limit: int, rng: random.Random) -> lis
     Only pairs known in training are named. Yes and no are chosen before what is asked for.
     """
     pairs = [(t.colour, t.kind) for t in scene.shapes]
-    pools = [list(_all_turns(family, scene, pairs, rng)) for family in FAMILIES]
-    for pool in pools:
+    pools = {family: list(_all_turns(family, scene, pairs, rng)) for family in FAMILIES}
+    for pool in pools.values():
         rng.shuffle(pool)
     turns, asked = [], {first.question}
-    while len(turns) < limit and any(pools):
-        order = [pool for pool in pools if pool]
+    while len(turns) < limit and any(pools.values()):
+        order = [
+            pool
+            for family, pool in pools.items()
+            if pool and (family != "word" or rng.random() < 1 / 3)  # few can be read early
+        ]
         rng.shuffle(order)
         for pool in order:
             turn = pool.pop()
@@ -262,7 +266,7 @@ def _relation_deck(rng: random.Random, named: Sequence[Pair]) -> Iterator[Draft]
     for (axis, asked, mentions), answer in _twice(rng, cards()):
         pairs = _fill(
             rng,
-            rng.randint(2, MAX_SHAPES),
+            rng.choice((2, 2, *range(3, MAX_SHAPES + 1))),
             asked,
             lambda pairs, ms=mentions: all(Mention(m.colour).count(pairs) == 1 for m in ms),
         )

@@ -40,7 +40,7 @@ KNOWN: tuple[Pair, ...] = tuple((c, s) for c in COLOURS for s in SHAPES if (c, s
 
 MIN_SIDE, MAX_SIDE = 24, 160
 MIN_SHAPE, MAX_SHAPE = 9, 40
-MAX_SHAPES = 4  # four of MIN_SHAPE still fit the smallest canvas
+MAX_SHAPES = 3  # of MIN_SHAPE they still fit the smallest canvas
 MAX_SHAPES_WITH_WORD = 2
 _CELL = MIN_SHAPE + 2
 _MAX_GRID = 5

@@ -1,5 +1,6 @@
 """The demo set (`fuyu_jax.data.demo`) as a source of examples."""
 
+import json
 from pathlib import Path
 
 from fuyu_jax.data import demo
@@ -33,7 +34,11 @@ class DemoSource:
         for family, question, answer in demo.turns(record):
             segments += [Text(question), Text(answer, train=True)]
             families.append(family)
-        info = {"family": families[-1], "objects": _text(record["objects"])}
+        objects = _text(record["objects"])
+        # More things to tell apart, more image to find them in.
+        things = len(json.loads(objects))
+        difficulty = max(things, 1) * (3 + size[0] * size[1] / 256)
+        info = {"family": families[-1], "objects": objects, "difficulty": difficulty}
         return Example(id, tuple(segments), info)
 
 
