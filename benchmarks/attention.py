@@ -67,7 +67,10 @@ def main() -> None:
         worst = float(jnp.abs(jax.jit(ours)(q, k, v) - jax.jit(dense)(q, k, v)).max())
         for what, wrap in (
             ("forward", jax.jit),
-            ("forward and backward", lambda f: jax.jit(jax.grad(lambda *a: f(*a).sum(), (0, 1, 2)))),
+            (
+                "forward and backward",
+                lambda f: jax.jit(jax.grad(lambda *a: f(*a).sum(), (0, 1, 2))),
+            ),
         ):
             ms = in_turn({"dense": wrap(dense), "ours": wrap(ours)}, (q, k, v), args.repeats)
             print(

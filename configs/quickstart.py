@@ -10,7 +10,7 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         name="quickstart",
         workdir="workdir",
-        num_steps=1800,
+        num_steps=1900,
         rows_per_batch=2,
         checkpoint_every=600,
         model=ModelConfig(
@@ -33,5 +33,5 @@ def get_config() -> TrainConfig:
             easy_first_epochs=1,
         ),
         optim=OptimConfig(name="muon", muon_lr=0.02, peak_lr=2e-3, warmup_steps=30),
-        eval=EvalConfig(every=300, examples=128, batch_size=64, max_new_tokens=48),
+        eval=EvalConfig(every=300, examples=256, batch_size=64, max_new_tokens=48),
     )

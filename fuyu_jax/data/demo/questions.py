@@ -29,6 +29,10 @@ from fuyu_jax.data.demo.scenes import (
 FAMILIES = ("colour", "shape", "count", "relation", "existence", "word", "box", "caption")
 # A word has no colour and shape to combine anew.
 COMPOSITIONAL_FAMILIES = tuple(f for f in FAMILIES if f != "word")
+# How often a further turn of training is of a family: what can be told at a glance most often, the
+# long answers, which would be most of what is learnt from, seldom.
+_OFTEN = dict.fromkeys(("colour", "count", "relation", "existence"), 1.0)
+_OFTEN |= {"shape": 0.5, "box": 0.25, "caption": 0.25, "word": 0.1}
 MAX_COUNT = 3  # of one colour or one shape; of all objects it is MAX_SHAPES
 
 
@@ -119,11 +123,7 @@ def more_turns(scene: Scene, first: Turn, limit: int, rng: random.Random) -> lis
         rng.shuffle(pool)
     turns, asked = [], {first.question}
     while len(turns) < limit and any(pools.values()):
-        order = [
-            pool
-            for family, pool in pools.items()
-            if pool and (family != "word" or rng.random() < 1 / 3)  # few can be read early
-        ]
+        order = [pool for family, pool in pools.items() if pool and rng.random() < _OFTEN[family]]
         rng.shuffle(order)
         for pool in order:
             turn = pool.pop()
@@ -349,7 +349,7 @@ def _all_turns(
         if shapes:
             yield _ask_caption(scene)
     elif family == "existence":
-        for _ in range(2):
+        for _ in range(3):
             yield _existence_turn(pairs, rng)
     elif family == "count" and not scene.word:
         yield _ask_count(Mention(), len(pairs))
