@@ -20,6 +20,7 @@ def get_config() -> TrainConfig:
             head_dim=32,
             mlp_dim=512,
             patch_size=16,
+            image_positions="fourier",
             init_std=0.09,  # about 1/√dim: Fuyu's 0.02 is for 4096
             patch_init="whiten",
             patch_init_std=0.5,
@@ -33,5 +34,5 @@ def get_config() -> TrainConfig:
             easy_first_epochs=1,
         ),
         optim=OptimConfig(name="muon", muon_lr=0.02, peak_lr=2e-3, warmup_steps=30),
-        eval=EvalConfig(every=300, examples=256, batch_size=64, max_new_tokens=48),
+        eval=EvalConfig(every=380, examples=256, batch_size=64, max_new_tokens=48),
     )

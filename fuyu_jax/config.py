@@ -41,6 +41,8 @@ class ModelConfig:
     rotary_fraction: float = 0.5
     rotary_base: float = 25_000.0
     image_attention: Literal["causal", "bidirectional"] = "causal"
+    # Fuyu's images have one-dimensional positions alone; "fourier" adds row and column to a patch.
+    image_positions: Literal["none", "fourier"] = "none"
     window: int = 0  # how many positions back a token sees; 0: all of its segment
     patch_size: int = 30
     init_std: float = 0.02

@@ -84,6 +84,18 @@ def forward_float64(p, batch, config, bidirectional=False):
     pixels = (np.asarray(batch.patches[0], np.float64) / 255 - 0.5) / 0.5
     x = p["embedding"][tokens]
     projected = pixels @ p["patch_projection/kernel"] + p["patch_projection/bias"]
+    if config.image_positions == "fourier":
+        features = []
+        for coord in np.asarray(batch.patch_coords[0]):
+            for trig in (np.sin, np.cos):
+                for axis in (0, 1):
+                    waves = 4 * 2 ** (7 * np.arange(12) / 11)
+                    features.append((axis, trig is np.cos, trig(2 * np.pi * coord[axis] / waves)))
+        rows = [
+            np.concatenate([f for _, _, f in sorted(four, key=lambda x: x[:2])])
+            for four in zip(*[iter(features)] * 4, strict=True)
+        ]
+        projected = projected + np.stack(rows) @ p["patch_position/kernel"]
     x[tokens == IMAGE] = projected[: (tokens == IMAGE).sum()]
     size = len(tokens)
     mask = np.tril(np.ones((size, size), bool))
@@ -153,6 +165,7 @@ LLAMA = dataclasses.replace(
             dataclasses.replace(FUYU, image_attention="bidirectional"), id="bidirectional"
         ),
         pytest.param(LLAMA, id="llama"),
+        pytest.param(dataclasses.replace(FUYU, image_positions="fourier"), id="positions"),
     ],
 )
 def test_logits_equal_float64(config):

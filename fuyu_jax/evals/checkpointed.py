@@ -1,11 +1,12 @@
 """Evaluation of a checkpoint: what `eval.py` calls."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fuyu_jax import config as config_lib
-from fuyu_jax.config import TrainConfig
+from fuyu_jax.config import MeshConfig, TrainConfig
 from fuyu_jax.data.opening import open_sources
 from fuyu_jax.errors import UserError, nearest
 from fuyu_jax.evals import runner
@@ -39,6 +40,8 @@ def evaluate_checkpoint(
     """
 
     def change(config: TrainConfig) -> TrainConfig:
+        # The devices here need not be those of training.
+        config = dataclasses.replace(config, mesh=MeshConfig())
         return config_lib.replace(config, dict(o.split("=", 1) for o in overrides))
 
     loaded = load_checkpoint(checkpoint, change)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Int32
 
 from fuyu_jax.batch import PackedBatch
@@ -19,6 +20,7 @@ from fuyu_jax.data.example import BadImageError, Example
 from fuyu_jax.data.layout import Layout, LayoutPolicy, lay_out
 from fuyu_jax.data.rows import PatchedExample, fill_row, with_pixels
 from fuyu_jax.model.decoder import Decoder
+from fuyu_jax.parallel.mesh import batch_sharding
 from fuyu_jax.tokenizer import Tokenizer
 
 SMALLEST_BUCKET = 64
@@ -98,6 +100,7 @@ class Engine:
       tokenizer, policy: as in training.
       batch_size: prompts at a time.
       max_new_tokens: the longest answer.
+      mesh: lays the prompts of a batch over its devices, where their number divides.
     """
 
     def __init__(
@@ -108,7 +111,9 @@ class Engine:
         *,
         batch_size: int = 32,
         max_new_tokens: int = 64,
+        mesh: Mesh | None = None,
     ):
+        self.mesh = mesh
         self.graph = graph
         self.tokenizer = tokenizer
         self.policy = policy
@@ -161,20 +166,38 @@ class Engine:
         batch, lengths = self._batch([example for _, example in ready], layouts)
         if blind:
             batch = batch._replace(patches=np.zeros_like(batch.patches))
-        tokens = generate_tokens(
-            self.graph,
-            params,
-            jax.tree.map(jnp.asarray, batch),
-            jnp.asarray(lengths),
-            max_new_tokens=self.max_new_tokens,
-            eos_id=self.tokenizer.eos_id,
-            banned=self.banned,
-        )
+        tokens = self._generate(params, batch, lengths)
         for (i, example), row in zip(ready, np.asarray(tokens).tolist(), strict=False):
             finished = self.tokenizer.eos_id in row
             kept = row[: row.index(self.tokenizer.eos_id)] if finished else row
             text = self.tokenizer.decode(kept, example.layout.box_scale)
             yield i, Answer(text, tuple(kept), finished)
+
+    def _generate(self, params: Any, batch: PackedBatch, lengths: np.ndarray) -> jax.Array:
+        settings = {
+            "max_new_tokens": self.max_new_tokens,
+            "eos_id": self.tokenizer.eos_id,
+            "banned": self.banned,
+        }
+        mesh = self.mesh
+        shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+        if mesh is None or self.batch_size % shards:
+            return generate_tokens(
+                self.graph,
+                params,
+                jax.tree.map(jnp.asarray, batch),
+                jnp.asarray(lengths),
+                **settings,
+            )
+        sharding = batch_sharding(mesh)
+        with jax.set_mesh(mesh):
+            return generate_tokens(
+                self.graph,
+                params,
+                jax.device_put(batch, sharding),
+                jax.device_put(lengths, sharding),
+                **settings,
+            )
 
     def _batch(
         self, examples: list[PatchedExample], layouts: list[Layout]

@@ -60,6 +60,7 @@ class Loaded(NamedTuple):
             self.policy,
             batch_size=batch_size or self.config.eval.batch_size,
             max_new_tokens=max_new_tokens or self.config.eval.max_new_tokens,
+            mesh=make_mesh(self.config.mesh),
         )
 
     def model(self) -> Decoder:

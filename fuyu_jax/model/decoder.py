@@ -11,6 +11,16 @@ from fuyu_jax.model.attention import KeyRange, key_range
 from fuyu_jax.model.layers import Block, KeysAndValues, Linear, Norm
 from fuyu_jax.model.rotary import rotary_tables
 
+FREQUENCIES = 12  # an axis
+
+
+def position_features(coords: Int32[Array, "B P 2"]) -> Float32[Array, "B P features"]:
+    """Sines and cosines of row and column at wavelengths from 4 to 512 patches (any size fits)."""
+    wavelengths = 4 * 2 ** jnp.linspace(0, 7, FREQUENCIES)
+    angles = coords[..., None].astype(jnp.float32) * (2 * jnp.pi / wavelengths)
+    both = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+    return both.reshape(*coords.shape[:-1], -1)
+
 
 class Decoder(nnx.Module):
     """A decoder-only transformer over text tokens and raw image patches (Fuyu; Persimmon).
@@ -37,6 +47,15 @@ class Decoder(nnx.Module):
             bias=True,
             std=config.patch_init_std or std,
             rngs=rngs,
+        )
+
+        size = 4 * FREQUENCIES
+        # About as strong as the patch itself: half of the features' squares is 1.
+        strength = (config.patch_init_std or std) / (size / 2) ** 0.5
+        self.patch_position = (
+            Linear((size,), (d,), bias=False, std=strength, rngs=rngs)
+            if config.image_positions == "fourier"
+            else None
         )
 
         @nnx.split_rngs(splits=config.num_layers)
@@ -67,6 +86,9 @@ class Decoder(nnx.Module):
         # The reference's (x/255 - 0.5)/0.5, in float32 whatever the compute type.
         pixels = (batch.patches.astype(jnp.float32) / 255 - 0.5) / 0.5
         projected = self.patch_projection(pixels.astype(self.dtype))
+        if self.patch_position is not None:
+            features = position_features(jnp.asarray(batch.patch_coords))
+            projected = projected + self.patch_position(features.astype(self.dtype))
         is_patch = batch.tokens == self.image_id
         index = self._patch_index(batch)
         placed = jnp.take_along_axis(projected, index[..., None], axis=1)

@@ -34,7 +34,7 @@ def use_cpu_cores(rows_per_batch: int) -> None:
 _RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding$", ("tensor", "fsdp")),
     (r"head/kernel$", ("fsdp", "tensor")),
-    (r"patch_projection/kernel$", ("fsdp", "tensor")),
+    (r"patch_(projection|position)/kernel$", ("fsdp", "tensor")),
     (r"attention/[qkv]/kernel$", ("fsdp", "tensor", None)),
     (r"attention/[qkv]/bias$", ("tensor", None)),
     (r"attention/out/kernel$", ("tensor", None, "fsdp")),

@@ -99,12 +99,14 @@ class Trainer:
         self.rate = schedule(config.optim, config.optim.peak_lr, config.num_steps)
         self.checkpoints = Checkpoints(self.workdir, config.keep_checkpoints)
         self.progress = Progress()
+        self.first_step_seconds = 0.0  # of this process, compilation included
         self.engine = Engine(
             self.graph,
             self.tokenizer,
             self.policy,
             batch_size=config.eval.batch_size,
             max_new_tokens=config.eval.max_new_tokens,
+            mesh=self.mesh,
         )
         self.validation = []
         if config.eval.every and "validation" in self.sources.splits:
@@ -214,7 +216,11 @@ class Trainer:
             waited = time.perf_counter()
             group, arrays = next(batches)
             window.wait += time.perf_counter() - waited
+            stepped = time.perf_counter()
             self.state, metrics = self.step_fn(self.state, arrays)
+            if not self.first_step_seconds:
+                jax.block_until_ready(metrics)
+                self.first_step_seconds = time.perf_counter() - stepped
             # The step before this one is read only now, so that the device never waits for us.
             if pending is not None:
                 self._read(pending, recorder, window)

@@ -22,6 +22,7 @@ def write_summary(trainer: "Trainer") -> dict[str, Any]:
         "steps": config.num_steps,
         "parameters": trainer.parameters,
         "train_seconds": trainer.progress.seconds,
+        "first_step_seconds": trainer.first_step_seconds,
         "token_padding": trainer.progress.padding,
         "bad_examples": len(trainer.data.bad.reasons),
         "oversize_examples": len(trainer.data.oversize),
