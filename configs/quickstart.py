@@ -20,7 +20,6 @@ def get_config() -> TrainConfig:
             head_dim=32,
             mlp_dim=512,
             patch_size=16,
-            image_positions="fourier",
             init_std=0.09,  # about 1/√dim: Fuyu's 0.02 is for 4096
             patch_init="whiten",
             patch_init_std=0.5,
