@@ -107,7 +107,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
         ) from None
 
 
-def _image_paths(record: dict[str, Any]) -> list[str]:
+def _image_paths(record: dict[str, Any]) -> list[Any]:
     paths = record.get("image", record.get("images")) or []
     return list(paths) if isinstance(paths, list) else [paths]
 
