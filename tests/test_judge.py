@@ -15,7 +15,8 @@ from fuyu_jax.evals.judge import (
     parse_boxes,
     summarise,
 )
-from fuyu_jax.evals.sheet import COLUMNS, RIGHT, WRONG, choose, draw_sheet
+from fuyu_jax.evals.runner import prompt_text
+from fuyu_jax.evals.sheet import COLUMNS, RIGHT, WRONG, _font, _wrap, choose, draw_sheet
 
 
 @pytest.mark.parametrize(
@@ -119,3 +120,18 @@ def test_the_sheet_takes_families_in_turn():
     samples = [sample("a", True)] * 50 + [sample("b", False)] * 2
     assert {samples[i]["family"] for i in choose(samples, 4)} == {"a", "b"}
     assert len(choose(samples, 10)) == 10
+
+
+def test_long_text_is_wrapped_inside_its_cell():
+    font = _font(13)
+    text = "KAWASAN PERINDUSTRIAN BALAKONG WWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWWW end"
+    lines = _wrap(text, font, 200)
+    assert all(font.getlength(line) <= 200 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert _wrap("", font, 200) == ["(nothing)"]
+
+
+def test_prompts_show_images_and_earlier_answers():
+    image = Image(b"", 1, 1)
+    segments = (image, Text("What?"), Text("red", train=True), Text("Where?"))
+    assert prompt_text(Example("a", segments)) == "<image>What?\n> red\nWhere?"

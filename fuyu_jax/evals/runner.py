@@ -37,8 +37,15 @@ def expressible(answer: str, tokenizer: Tokenizer, scale: float) -> str:
 
 
 def prompt_text(example: Example) -> str:
-    """The prompt for people to read, with `<image>` where an image stands."""
-    return "".join("<image>" if isinstance(s, Image) else s.text for s in example.segments)
+    """The prompt for people to read: `<image>` where an image stands, earlier answers on lines of
+    their own after `> `."""
+    parts = []
+    for s in example.segments:
+        if isinstance(s, Image):
+            parts.append("<image>")
+        else:
+            parts.append(f"\n> {s.text}\n" if s.train else s.text)
+    return "".join(parts)
 
 
 def evaluate(

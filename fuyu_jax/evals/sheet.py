@@ -1,6 +1,5 @@
 """A contact sheet: image, question, answer, right or wrong, and boxes drawn on the image."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,12 +64,35 @@ def _picture(example: Example, boxes: list[tuple[tuple[int, int, int], tuple]]) 
     return canvas
 
 
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels; a word that is wider is broken."""
+    lines = [""]
+    for word in text.split() or ["(nothing)"]:
+        while word:
+            space = " " if lines[-1] else ""
+            if font.getlength(lines[-1] + space + word) <= width:
+                lines[-1] += space + word
+                break
+            if lines[-1]:
+                lines.append("")
+                continue
+            part = next(n for n in range(len(word), 0, -1) if font.getlength(word[:n]) <= width)
+            lines[-1], word = word[:part], word[part:]
+            if word:
+                lines.append("")
+    return lines
+
+
 def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, fill, lines: int) -> int:
-    wrapped = textwrap.wrap(" ".join(text.split()) or "(nothing)", 44) or [""]
+    font, width = _font(13), CELL - 2 * MARGIN
+    wrapped = _wrap(text, font, width)
     if len(wrapped) > lines:
-        wrapped = [*wrapped[: lines - 1], wrapped[lines - 1][:42] + " …"]
+        last = wrapped[lines - 1]
+        while last and font.getlength(last + " …") > width:
+            last = last[:-1]
+        wrapped = [*wrapped[: lines - 1], last + " …"]
     for n, line in enumerate(wrapped):
-        draw.text((at[0], at[1] + 16 * n), line, fill=fill, font=_font(13))
+        draw.text((at[0], at[1] + 16 * n), line, fill=fill, font=font)
     return at[1] + 16 * len(wrapped)
 
 
