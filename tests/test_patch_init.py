@@ -52,6 +52,9 @@ def test_a_run_starts_whitened_and_resumes_what_it_learnt(tiny_config):
     before = np.asarray(first.state.params["patch_projection"]["kernel"][...])
     plain = Trainer(config_lib.replace(tiny_config, {"workdir": tiny_config.workdir + "_plain"}))
     assert np.abs(before - plain.state.params["patch_projection"]["kernel"][...]).max() > 0.01
+    # Stopped before its first checkpoint, it begins again from the same start.
+    begun = np.asarray(Trainer(config).state.params["patch_projection"]["kernel"][...])
+    np.testing.assert_array_equal(begun, before)
     first.run(stop_after=2)
     learnt = np.asarray(first.state.params["patch_projection"]["kernel"][...])
     again = Trainer(config)

@@ -23,17 +23,21 @@ class Sources:
     demo_dir: Path | None = None
 
     @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of the splits that there are."""
+    def _json_files(self) -> dict[str, str]:
+        """Of LLaVA-style splits; "" where none is given."""
         c = self.config
-        if c.source == "demo":
-            return ("train", "validation", "test", "compositional")
-        given = {
+        return {
             "train": c.train_json,
             "validation": c.validation_json,
             "test": c.test_json or c.validation_json,
         }
-        return tuple(name for name, path in given.items() if path)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that there are."""
+        if self.config.source == "demo":
+            return ("train", "validation", "test", "compositional")
+        return tuple(name for name, path in self._json_files.items() if path)
 
     def open(self, split: str) -> Source:
         """The source of a split.
@@ -43,15 +47,9 @@ class Sources:
         """
         if split not in self.splits:
             raise UserError(f'split "{split}" is not there{nearest(split, self.splits)}')
-        c = self.config
         if self.demo_dir is not None:
             return DemoSource(self.demo_dir, split)
-        path = {
-            "train": c.train_json,
-            "validation": c.validation_json,
-            "test": c.test_json or c.validation_json,
-        }[split]
-        return LlavaSource(path, c.image_dir)
+        return LlavaSource(self._json_files[split], self.config.image_dir)
 
 
 def open_sources(config: DataConfig) -> Sources:

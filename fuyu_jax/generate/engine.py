@@ -4,6 +4,7 @@ Prompts are sorted by length and grouped into batches of one shape a bucket (pow
 that prompts of all lengths take few compilations.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from fuyu_jax.data.example import BadImageError, Example
 from fuyu_jax.data.layout import Layout, LayoutPolicy, lay_out
 from fuyu_jax.data.rows import PatchedExample, fill_row, with_pixels
 from fuyu_jax.model.decoder import Decoder
-from fuyu_jax.parallel.mesh import batch_sharding
+from fuyu_jax.parallel.mesh import batch_sharding, row_devices
 from fuyu_jax.tokenizer import Tokenizer
 
 SMALLEST_BUCKET = 64
@@ -174,29 +175,18 @@ class Engine:
             yield i, Answer(text, tuple(kept), finished)
 
     def _generate(self, params: Any, batch: PackedBatch, lengths: np.ndarray) -> jax.Array:
-        settings = {
-            "max_new_tokens": self.max_new_tokens,
-            "eos_id": self.tokenizer.eos_id,
-            "banned": self.banned,
-        }
         mesh = self.mesh
-        shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
-        if mesh is None or self.batch_size % shards:
-            return generate_tokens(
-                self.graph,
-                params,
-                jax.tree.map(jnp.asarray, batch),
-                jnp.asarray(lengths),
-                **settings,
-            )
-        sharding = batch_sharding(mesh)
-        with jax.set_mesh(mesh):
+        spread = mesh is not None and self.batch_size % row_devices(mesh) == 0
+        sharding = batch_sharding(mesh) if spread else None
+        with jax.set_mesh(mesh) if spread else contextlib.nullcontext():
             return generate_tokens(
                 self.graph,
                 params,
                 jax.device_put(batch, sharding),
                 jax.device_put(lengths, sharding),
-                **settings,
+                max_new_tokens=self.max_new_tokens,
+                eos_id=self.tokenizer.eos_id,
+                banned=self.banned,
             )
 
     def _batch(

@@ -100,6 +100,11 @@ def state_shardings(tree, mesh: Mesh):
     )
 
 
+def row_devices(mesh: Mesh) -> int:
+    """Over how many shards a batch's rows are laid."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Rows over `data` and `fsdp`, after `leading` whole axes."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))

@@ -24,7 +24,7 @@ from fuyu_jax.evals.judge import summarise
 from fuyu_jax.generate.engine import Engine
 from fuyu_jax.generate.loading import model_maker
 from fuyu_jax.model.attention import choose_backend
-from fuyu_jax.parallel.mesh import batch_sharding, make_mesh
+from fuyu_jax.parallel.mesh import batch_sharding, make_mesh, row_devices
 from fuyu_jax.train.metrics import Recorder
 from fuyu_jax.train.optimizer import make_optimizer, schedule
 from fuyu_jax.train.patch_init import whitening
@@ -65,7 +65,7 @@ class Trainer:
         self.workdir = Path(config.workdir).expanduser()
         known = check_workdir(self.workdir, config)
         self.mesh = make_mesh(config.mesh)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = row_devices(self.mesh)
         if config.rows_per_batch % shards:
             raise UserError(
                 f"rows_per_batch={config.rows_per_batch} does not divide over {shards} devices "
@@ -87,8 +87,6 @@ class Trainer:
                 lambda params: make_optimizer(config.optim, params, config.num_steps),
                 self.mesh,
             )
-            if config.model.patch_init == "whiten" and not known:
-                self._whiten_patches()
             claim_workdir(self.workdir, config)
             if not known:
                 kept = self.workdir / TOKENIZER_FILE
@@ -98,6 +96,9 @@ class Trainer:
         self.step_fn = make_train_step(self.graph, tx, shardings, self.mesh)
         self.rate = schedule(config.optim, config.optim.peak_lr, config.num_steps)
         self.checkpoints = Checkpoints(self.workdir, config.keep_checkpoints)
+        # A work folder without a checkpoint starts from the beginning, whoever made it.
+        if config.model.patch_init == "whiten" and self.checkpoints.latest() is None:
+            self._whiten_patches()
         self.progress = Progress()
         self.first_step_seconds = 0.0  # of this process, compilation included
         self.engine = Engine(
@@ -115,7 +116,7 @@ class Trainer:
         self._stop_signal = 0
 
     def _whiten_patches(self) -> None:
-        """Sets the patch projection from training patches; a resumed run has it already."""
+        """Sets the patch projection from training patches; a checkpoint's is taken as it is."""
         model = self.config.model
         std = model.patch_init_std or model.init_std
         sample = self.data.sample_patches(WHITENING_SAMPLE)
