@@ -50,6 +50,10 @@ class ModelConfig:
     patch_init: Literal["normal", "whiten"] = "normal"
     patch_init_std: float = 0.0  # whiten: of its features. 0: init_std
     embedding_init_std: float = 0.0  # 0: init_std
+    # "edges": in training, tell each patch's edges from its state after `patch_loss_layer` layers.
+    patch_loss: Literal["none", "edges"] = "none"
+    patch_loss_weight: float = 1.0
+    patch_loss_layer: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
     attention_backend: Literal["auto", "blockwise", "reference"] = "auto"
     remat: Literal["none", "full"] = "none"

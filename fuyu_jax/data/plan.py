@@ -155,7 +155,7 @@ def make_plan(
 
 
 def plan_digest(
-    token_lengths: np.ndarray, patch_lengths: np.ndarray, settings: dict[str, int]
+    token_lengths: np.ndarray, patch_lengths: np.ndarray, settings: dict[str, int | str]
 ) -> str:
     """A hash of all that a plan depends on, epoch aside: equal hash, equal rows."""
     lengths = np.stack([token_lengths, patch_lengths]).astype(np.int64)

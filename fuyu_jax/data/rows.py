@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from fuyu_jax.batch import PackedBatch
-from fuyu_jax.config import DataConfig
+from fuyu_jax.config import DataConfig, digest
 from fuyu_jax.data.example import BadImageError, Example
 from fuyu_jax.data.layout import Layout, LayoutPolicy, lay_out
 from fuyu_jax.data.plan import Plan, make_plan, plan_digest
@@ -220,6 +220,8 @@ class PackedData:
             "block": self.config.plan_block,
             "easy_first_epochs": self.config.easy_first_epochs,
         }
+        if self.config.easy_first_epochs:
+            settings["difficulty"] = digest(self.lengths.difficulty.tolist())
         return plan_digest(self.lengths.tokens, self.lengths.patches, settings)
 
     def plan(self, epoch: int) -> Plan:

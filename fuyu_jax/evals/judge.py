@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fuyu_jax.data.demo.questions import caption_facts
+from fuyu_jax.data.demo.wording import caption_facts
 
 Number = int | float
 Box = tuple[Number, Number, Number, Number]

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from fuyu_jax.batch import PackedBatch
 from fuyu_jax.config import ModelConfig
+from fuyu_jax.model import patch_loss
 from fuyu_jax.model.attention import KeyRange, key_range
 from fuyu_jax.model.layers import Block, KeysAndValues, Linear, Norm
 from fuyu_jax.model.rotary import rotary_tables
@@ -68,6 +69,12 @@ class Decoder(nnx.Module):
         self.final_norm = Norm(d, config)
         self.head = (
             None if config.tie_embeddings else Linear((d,), (v,), bias=False, std=std, rngs=rngs)
+        )
+
+        self.patch_head = (
+            Linear((d,), (patch_loss.SIZE,), bias=True, std=std, rngs=rngs)
+            if config.patch_loss == "edges"
+            else None
         )
 
     @property
@@ -135,6 +142,41 @@ class Decoder(nnx.Module):
         x = self.embed(batch)
         x, _ = self._scan(lambda block, x: (block(x, tables, keys)[0], None), x)
         return self.final_norm(x)
+
+    def training_states(
+        self, batch: PackedBatch
+    ) -> tuple[Float[Array, "B S D"], Float32[Array, ""]]:
+        """As `__call__`, and the sum over patches of the auxiliary loss (0 where it is off)."""
+        if self.patch_head is None or batch.patches.shape[1] == 0:
+            return self(batch), jnp.zeros((), jnp.float32)
+        tables = self._tables(batch.positions)
+        keys = self.key_range(batch)
+        layer = self.config.patch_loss_layer
+
+        def walk(block, carry, number):
+            x, tapped = carry
+            x = block(x, tables, keys)[0]
+            return (x, jnp.where(number == layer, x, tapped)), None
+
+        x = self.embed(batch)
+        numbers = jnp.arange(1, self.config.num_layers + 1)
+        (x, tapped), _ = self._scan(walk, (x, x), numbers)
+        place, real = self._patch_places(batch)
+        states = jnp.take_along_axis(tapped, place[..., None], axis=1)
+        # Normed, as every reader of the residual stream sees it.
+        scale = jax.lax.rsqrt(jnp.mean(jnp.square(states), axis=-1, keepdims=True) + 1e-5)
+        edges = self.patch_head(states * scale)
+        loss = patch_loss.edge_loss(edges, batch.patches, real, self.config.patch_size)
+        return self.final_norm(x), loss
+
+    def _patch_places(self, batch: PackedBatch) -> tuple[Int32[Array, "B P"], Bool[Array, "B P"]]:
+        """Where each patch's placeholder stands in its row, and whether there is such a patch."""
+        is_patch = batch.tokens == self.image_id
+        order = jnp.argsort(~is_patch, axis=1, stable=True)
+        number = min(batch.patches.shape[1], order.shape[1])
+        real = jnp.arange(number) < is_patch.sum(axis=1, keepdims=True)
+        room = ((0, 0), (0, batch.patches.shape[1] - number))
+        return jnp.pad(order[:, :number].astype(jnp.int32), room), jnp.pad(real, room)
 
     def logits(self, hidden: Float[Array, "*any D"]) -> Float32[Array, "*any V"]:
         """Scores of every vocabulary entry, in float32."""

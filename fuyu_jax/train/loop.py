@@ -93,7 +93,14 @@ class Trainer:
                 shutil.copyfile(self.tokenizer.path, kept)
                 self.tokenizer.path = kept
         tx = make_optimizer(config.optim, self.state.params, config.num_steps)
-        self.step_fn = make_train_step(self.graph, tx, shardings, self.mesh)
+        self.step_fn = make_train_step(
+            self.graph,
+            tx,
+            shardings,
+            self.mesh,
+            image_id=self.tokenizer.image_id,
+            patch_loss_weight=config.model.patch_loss_weight,
+        )
         self.rate = schedule(config.optim, config.optim.peak_lr, config.num_steps)
         self.checkpoints = Checkpoints(self.workdir, config.keep_checkpoints)
         # A work folder without a checkpoint starts from the beginning, whoever made it.
@@ -112,7 +119,13 @@ class Trainer:
         self.validation = []
         if config.eval.every and "validation" in self.sources.splits:
             source = self.sources.open("validation")
-            self.validation, _ = runner.take(source, config.eval.examples)
+            self.validation, unread = runner.take(source, config.eval.examples)
+            if unread:
+                print(
+                    f"validation: {len(unread)} examples cannot be read and are left out, the "
+                    f"first: {unread[0]}",
+                    flush=True,
+                )
         self._stop_signal = 0
 
     def _whiten_patches(self) -> None:
@@ -287,6 +300,7 @@ class Trainer:
             {
                 "loss": values.loss,
                 "token_accuracy": values.token_accuracy,
+                **({"patch_loss": values.patch_loss} if config.model.patch_loss != "none" else {}),
                 "grad_norm": values.grad_norm,
                 "learning_rate": float(self.rate(step - 1)),
                 "tokens_per_second": speed,

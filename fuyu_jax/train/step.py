@@ -29,9 +29,13 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Float32 scalars of one step: means over its loss positions, sums over its rows."""
+    """Float32 scalars of one step: means over its loss positions, sums over its rows.
+
+    patch_loss is a mean over patches, without its weight.
+    """
 
     loss: jax.Array
+    patch_loss: jax.Array
     grad_norm: jax.Array
     token_accuracy: jax.Array
     loss_tokens: jax.Array
@@ -64,35 +68,44 @@ def make_train_step(
     tx: optax.GradientTransformation,
     shardings: Any,
     mesh: Mesh,
+    *,
+    image_id: int,
+    patch_loss_weight: float = 0.0,
 ) -> Callable[[TrainState, PackedBatch], tuple[TrainState, StepMetrics]]:
     """The train step; its batch has a leading axis of accumulation steps [A, B, ...].
 
     The loss is Σ weight · cross-entropy / Σ weight over all A·B rows, so accumulation changes
-    memory and nothing else.
+    memory and nothing else. The model's loss on patches, where it has one, is added as a mean over
+    all patches times its weight.
     """
 
-    def loss_of(params: Any, batch: PackedBatch) -> tuple[jax.Array, jax.Array]:
+    def loss_of(params: Any, batch: PackedBatch, factor: jax.Array):
         model = nnx.merge(graph, params)
-        return loss_sums(model(batch), model.head_kernel(), batch.tokens, batch.loss_weights)
+        hidden, patch_loss = model.training_states(batch)
+        loss, hits = loss_sums(hidden, model.head_kernel(), batch.tokens, batch.loss_weights)
+        return loss + factor * patch_loss, (loss, patch_loss, hits)
 
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    gradient = jax.grad(loss_of, has_aux=True)
 
-    def accumulate(params: Any, batch: PackedBatch):
+    def accumulate(params: Any, batch: PackedBatch, factor: jax.Array):
         if batch.tokens.shape[0] == 1:
-            return gradient(params, jax.tree.map(lambda x: x[0], batch))
+            return gradient(params, jax.tree.map(lambda x: x[0], batch), factor)
 
         def add(sums, one):
-            (loss, hits), grads = gradient(params, one)
-            (old_loss, old_hits), old = sums
-            return ((old_loss + loss, old_hits + hits), jax.tree.map(jnp.add, old, grads)), None
+            return jax.tree.map(jnp.add, sums, gradient(params, one, factor)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        start = ((jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)), zeros)
-        return jax.lax.scan(add, start, batch)[0]
+        one = jax.tree.map(lambda x: x[0], batch)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, one, factor)
+        )
+        return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
-        (loss, hits), grads = accumulate(state.params, batch)
         weight = jnp.maximum(batch.loss_weights.sum(), 1e-6)
+        patches = jnp.maximum((batch.tokens == image_id).sum(), 1)
+        # Gradients are divided by the answers' weight, of all rows together; so this is, too.
+        factor = patch_loss_weight * weight / patches
+        grads, (loss, patch_loss, hits) = accumulate(state.params, batch, factor)
         loss = loss / weight
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
@@ -111,6 +124,7 @@ def make_train_step(
         )
         metrics = StepMetrics(
             loss=loss,
+            patch_loss=patch_loss / patches,
             grad_norm=norm,
             token_accuracy=hits / jnp.maximum((batch.loss_weights > 0).sum(), 1),
             loss_tokens=(batch.loss_weights > 0).sum().astype(jnp.float32),

@@ -7,8 +7,9 @@ and its tokenizer, and `load`, which reads a split back.
 
 from fuyu_jax.data.demo.builder import DEFAULT_SIZES, ShapesAndWords
 from fuyu_jax.data.demo.prepare import TOKENIZER_FILE, load, prepare, turns
-from fuyu_jax.data.demo.questions import COMPOSITIONAL_FAMILIES, FAMILIES, caption_facts
+from fuyu_jax.data.demo.questions import COMPOSITIONAL_FAMILIES, FAMILIES
 from fuyu_jax.data.demo.scenes import COLOURS, HELD_OUT, SHAPES, WORDS, things_from_json
+from fuyu_jax.data.demo.wording import caption_facts
 
 __all__ = [
     "COLOURS",

@@ -9,9 +9,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from fuyu_jax.data.demo import questions, scenes
+from fuyu_jax.data.demo.more import more_turns
 
 DEFAULT_SIZES: Mapping[str, int] = {
-    "train": 20_000,
+    "train": 30_000,
     "validation": 800,
     "test": 1_600,
     "compositional": 700,
@@ -28,7 +29,7 @@ class ShapesAndWords(tfds.core.GeneratorBasedBuilder):
     Training records hold up to `TRAIN_TURNS` turns about one image, the others a single one.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
     # Nothing is downloaded, so there are no checksums. Looking for them, as TFDS would, imports
     # `importlib_resources`, which TFDS 4.9.10 does not install.
     url_infos = None
@@ -87,7 +88,7 @@ class ShapesAndWords(tfds.core.GeneratorBasedBuilder):
             self._seen.add(digest)
             turns = [draft.finish(scene)]
             if split == "train":
-                turns += questions.more_turns(scene, turns[0], TRAIN_TURNS - 1, rng)
+                turns += more_turns(scene, turns[0], TRAIN_TURNS - 1, rng)
             self._progress(1)
             yield (
                 index,
