@@ -10,9 +10,9 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         name="quickstart",
         workdir="workdir",
-        num_steps=2300,
+        num_steps=2500,
         rows_per_batch=2,
-        checkpoint_every=600,
+        checkpoint_every=625,
         model=ModelConfig(
             dim=128,
             num_layers=4,
@@ -40,5 +40,5 @@ def get_config() -> TrainConfig:
             # 768 inputs that move together: at Adam's full rate the whitening is gone in 100 steps.
             lr_multipliers=(("patch_projection", 0.05),),
         ),
-        eval=EvalConfig(every=460, examples=256, batch_size=64, max_new_tokens=48),
+        eval=EvalConfig(every=500, examples=256, batch_size=64, max_new_tokens=48),
     )

@@ -1,5 +1,6 @@
 """Rows and batches filled from a plan."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -113,3 +114,17 @@ def test_oversize_examples_are_told_and_left_out(tmp_path, tokenizer):
     assert 0 < len(data.oversize) < 30
     assert f"{len(data.oversize)} examples fit no row" in data.report()
     assert data.source.id(int(data.oversize[0])) in data.report()
+
+
+def test_the_hash_holds_difficulties_where_they_order_the_rows(llava_json, tokenizer):
+    class Harder(LlavaSource):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            return dataclasses.replace(example, info={**example.info, "difficulty": 1 + index % 3})
+
+    def hash_of(source, epochs):
+        config = dataclasses.replace(CONFIG, easy_first_epochs=epochs)
+        return PackedData(source(llava_json), tokenizer, POLICY, config, seed=0).hash
+
+    assert hash_of(LlavaSource, 0) == hash_of(Harder, 0)
+    assert hash_of(LlavaSource, 1) != hash_of(Harder, 1)

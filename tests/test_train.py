@@ -224,3 +224,14 @@ def test_summary_and_pictures(tiny_config, tmp_path):
     lines = (tmp_path / "run" / "eval" / "test" / "samples.jsonl").read_text().splitlines()
     assert len(lines) == 10
     assert {"id", "prompt", "answer", "expected", "correct"} <= set(json.loads(lines[0]))
+
+
+def test_a_broken_validation_image_is_told_and_left_out(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "validation"
+    path = write_llava(folder, 6, seed=1)
+    (folder / "images" / "2.png").write_bytes(b"no picture")
+    changes = {"data.validation_json": str(path), "eval.every": 8}
+    run = Trainer(at(tiny_config, tmp_path / "run", **changes))
+    assert [e.id for e in run.validation] == ["r0", "r1", "r3", "r4", "r5"]
+    told = capsys.readouterr().out
+    assert "validation: 1 examples cannot be read" in told and "2.png" in told

@@ -7,7 +7,6 @@ target for vision transformers; here nothing is masked, since the aim is that th
 what a linear projection of pixels cannot tell: where in a patch which edges run.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, UInt8
 
@@ -19,14 +18,15 @@ _NOISE = 0.02  # gradients (of 0..1 pixels) much smaller than this count little
 
 def edge_histograms(
     patches: UInt8[Array, "B P C"], patch_size: int
-) -> Float32[Array, "B P {SIZE}"]:
+) -> Float32[Array, "B P edges"]:
     """Share of edge strength by cell of the patch and orientation; all 0 on a blank patch.
 
     Args:
       patches: raw pixels, row, column, channel.
       patch_size: p, with C = 3 p².
 
-    Of the three channels' gradients the strongest counts at a pixel. The outermost pixels have none.
+    Of the three channels' gradients the strongest counts at a pixel; the outermost pixels have
+    none.
     """
     b, n, _ = patches.shape
     p = patch_size
@@ -48,7 +48,7 @@ def edge_histograms(
 
 
 def edge_loss(
-    predicted: Float[Array, "B P {SIZE}"],
+    predicted: Float[Array, "B P edges"],
     patches: UInt8[Array, "B P C"],
     real: Bool[Array, "B P"],
     patch_size: int,

@@ -23,8 +23,8 @@ from fuyu_jax.data.demo.wording import (
 )
 
 # How often a further turn is of a family: what can be told at a glance most often, the long
-# answers, which would be most of what is learnt from, seldom. "place" (left of the middle, above it) is
-# asked in training alone: a step on the way to "relation", which compares two places.
+# answers, which would be most of what is learnt from, seldom. "place" (left of the middle, above
+# it) is asked in training alone: a step on the way to "relation", which compares two places.
 OFTEN = dict.fromkeys(("colour", "shape", "count", "relation", "existence", "place"), 1.0)
 OFTEN |= {"box": 0.15, "caption": 0.15, "word": 0.1}
 _OFF_MIDDLE = 1 / 10  # of the image's side: nearer than this, a person would not say which

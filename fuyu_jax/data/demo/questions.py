@@ -44,7 +44,7 @@ FAMILIES = ("colour", "shape", "count", "relation", "existence", "word", "box", 
 COMPOSITIONAL_FAMILIES = tuple(f for f in FAMILIES if f != "word")
 # Training draws more often what comes up seldom by itself: several objects of one colour, and two
 # that a relation can tell apart.
-TRAINING_FAMILIES = (*FAMILIES, "count", "count", "relation")
+TRAINING_FAMILIES = (*FAMILIES, "count", "count", "count", "relation")
 # This share of the training images shows one object: what is learnt there carries over to more.
 SINGLES = 0.4
 MAX_COUNT = 3  # of one colour or one shape; of all objects it is MAX_SHAPES
