@@ -26,10 +26,17 @@ def get_config() -> TrainConfig:
             patch_size=30,
             init_std=0.09,  # about 1/√dim: Fuyu's 0.02 is for 4096
             patch_init="whiten",
-            patch_init_std=0.5,
+            patch_init_std=1.0,
             embedding_init_std=0.5,
         ),
         data=DataConfig(source="llava", tokens_per_row=2048, patches_per_row=1920),
-        optim=OptimConfig(peak_lr=2e-3, warmup_steps=50, weight_decay=0.01),
+        optim=OptimConfig(
+            name="muon",
+            muon_lr=0.01,
+            peak_lr=1e-3,
+            warmup_steps=50,
+            weight_decay=0.01,
+            lr_multipliers=(("patch_projection", 0.05),),  # keeps the whitening (docs/learning.md)
+        ),
         eval=EvalConfig(every=250, examples=64, batch_size=8, max_new_tokens=96),
     )

@@ -50,7 +50,8 @@ def test_a_blank_patch_has_no_edges_and_an_upright_edge_one_orientation():
     patch = np.full((8, 8, 3), 40, np.uint8)
     assert not np.asarray(edge_histograms(jnp.asarray(patch.reshape(1, 1, -1)), 8)).any()
     patch[:, 4:] = 200
-    found = np.asarray(edge_histograms(jnp.asarray(patch.reshape(1, 1, -1)), 8)).reshape(-1, ORIENTATIONS)
+    found = np.asarray(edge_histograms(jnp.asarray(patch.reshape(1, 1, -1)), 8))
+    found = found.reshape(-1, ORIENTATIONS)
     assert (found[:, 0] > 0.3).all() and not found[:, 1:].any()
 
 
