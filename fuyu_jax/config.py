@@ -86,11 +86,23 @@ class DataConfig:
     max_image_height: int = 1080
     max_image_width: int = 1920
     pad_value: int = 1  # of the bottom and right edge, in 0..255
+    # How images are sized under that cap: see `data.resolution`.
+    resolution: Literal["native", "patches", "sampled"] = "native"
+    max_image_patches: int = 0  # patches: of one image
+    min_image_side: int = 64  # sampled: pixels, the root of the area
+    max_image_side: int = 256
+    resolution_schedule: tuple[tuple[float, float], ...] = ()  # (epoch, factor on the sides)
+    token_drop: tuple[tuple[float, float], ...] = ()  # (epoch, mean rate) of patches left out
+    jpeg_draft: bool = True  # decode JPEGs at 1/2, 1/4 or 1/8 where the image is shrunk as much
     plan_block: int = 4096  # examples planned together
     easy_first_epochs: int = 0  # so many epochs go from easy examples to hard ones
-    max_bad_examples: int = 10  # training stops when more images than this are missing or broken
+    # Training stops when more images than both allow are missing or broken.
+    max_bad_examples: int = 10
+    max_bad_share: float = 0.001  # of all examples
+    balance_patches: bool = False  # rows of a global batch have about equally many patches
     prefetch_rows: int = 16
     threads: int = 1
+    workers: int = 0  # processes that make rows; 0: threads of this one
 
 
 @dataclass(frozen=True)
@@ -164,6 +176,8 @@ RESUMABLE_CHANGES = frozenset(
         "keep_checkpoints",
         "data.prefetch_rows",
         "data.threads",
+        "data.workers",
+        "data.max_bad_share",
         "data.max_bad_examples",
         "model.attention_backend",
         "model.remat",
@@ -229,12 +243,14 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
             )
         return value
     if typing.get_origin(hint) in (tuple, types.GenericAlias):
+        first = typing.get_args(typing.get_args(hint)[0])[0]
         try:
             pairs = json.loads(value) if isinstance(value, str) else value
-            return tuple((str(pattern), float(factor)) for pattern, factor in pairs)
+            return tuple((first(a), float(b)) for a, b in pairs)
         except (ValueError, TypeError):
+            example = '[["patch", 2.0]]' if first is str else "[[0, 0.5], [2, 1.0]]"
             raise UserError(
-                f'config key "{name}": {value!r} is not a list such as [["patch", 2.0]]'
+                f'config key "{name}": {value!r} is not a list such as {example}'
             ) from None
     try:
         if hint is bool:

@@ -1,19 +1,12 @@
 """Images to patches and back: sizes, padding and order of Fuyu-8B's image processor."""
 
-import io
-import warnings
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 from PIL import Image as PilImage
-from PIL import ImageOps
 
 from fuyu_jax.errors import UserError
-
-# Pillow's own guard against decompression bombs warns here and refuses at twice this many pixels.
-PilImage.MAX_IMAGE_PIXELS = 120_000_000
 
 
 class Grid(NamedTuple):
@@ -55,45 +48,6 @@ def grid_of(
         scale = min(max_height / height, max_width / width)
         height, width = max(1, int(height * scale)), max(1, int(width * scale))
     return Grid(height, width, -(-height // patch_size), -(-width // patch_size), scale)
-
-
-def _open(source: bytes | str | Path) -> PilImage.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PilImage.DecompressionBombWarning)
-        return PilImage.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-
-
-def image_size(source: bytes | str | Path) -> tuple[int, int]:
-    """(height, width) from a file's header, as it will be shown (EXIF orientation counted in).
-
-    Raises:
-      OSError, ValueError: not an image.
-    """
-    with _open(source) as image:
-        width, height = image.size
-        turned = image.getexif().get(0x0112, 1) >= 5  # orientations 5..8 swap the sides
-    return (width, height) if turned else (height, width)
-
-
-def decode_image(encoded: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """Decodes to RGB, upright; alpha is laid on white, an animation gives its first frame.
-
-    Raises:
-      OSError, ValueError, SyntaxError: broken bytes (whatever Pillow raises for them).
-    """
-    with _open(encoded) as image:
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-            # 16-bit grey would be clipped by convert(); keep its upper byte instead.
-            grey = np.asarray(image, np.float32)
-            peak = 65535.0 if grey.max(initial=0) > 255 else 255.0
-            return np.repeat((grey / peak * 255).clip(0, 255).astype(np.uint8)[..., None], 3, 2)
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = PilImage.new("RGBA", image.size, (255, 255, 255, 255))
-            image = PilImage.alpha_composite(white, image)
-        return np.asarray(image.convert("RGB"))
 
 
 def fit(

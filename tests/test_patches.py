@@ -1,6 +1,4 @@
-"""Sizes, padding, order and decoding of images."""
-
-import io
+"""Sizes, padding and order of images in patches."""
 
 import numpy as np
 import pytest
@@ -8,21 +6,13 @@ from PIL import Image
 
 from fuyu_jax.errors import UserError
 from fuyu_jax.patches import (
-    decode_image,
     fit,
     grid_of,
-    image_size,
     normalise,
     patch_coordinates,
     patchify,
     unpatchify,
 )
-
-
-def encode(image, format="PNG", **options):
-    sink = io.BytesIO()
-    image.save(sink, format=format, **options)
-    return sink.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -90,40 +80,3 @@ def test_fit_shrinks_as_pillow_does():
     grid = grid_of(40, 60, 8, max_height=20, max_width=60)
     expected = Image.fromarray(pixels).resize((30, 20), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(fit(pixels, grid), np.asarray(expected))
-
-
-def test_exif_orientation_turns_size_and_pixels():
-    image = Image.new("RGB", (20, 10), (255, 0, 0))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    encoded = encode(image, "JPEG", exif=exif)
-    assert image_size(encoded) == (20, 10)
-    assert decode_image(encoded).shape == (20, 10, 3)
-
-
-def test_alpha_lies_on_white_and_palettes_and_cmyk_become_rgb():
-    clear = Image.new("RGBA", (3, 2), (0, 0, 0, 0))
-    np.testing.assert_array_equal(decode_image(encode(clear)), np.full((2, 3, 3), 255))
-    palette = Image.new("RGB", (3, 2), (10, 200, 30)).convert("P", palette=Image.Palette.ADAPTIVE)
-    np.testing.assert_array_equal(decode_image(encode(palette))[0, 0], [10, 200, 30])
-    cmyk = decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
-    assert cmyk.shape == (8, 8, 3)
-    assert cmyk[4, 4, 0] > 200 > 60 > cmyk[4, 4, 1]
-
-
-def test_sixteen_bit_grey_keeps_its_upper_byte():
-    grey = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
-    np.testing.assert_array_equal(decode_image(encode(grey))[0, :, 0], [0, 127, 255])
-
-
-def test_an_animation_gives_its_first_frame():
-    frames = [Image.new("RGB", (4, 4), c) for c in ((255, 0, 0), (0, 255, 0))]
-    encoded = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decode_image(encoded)[0, 0], [255, 0, 0])
-
-
-@pytest.mark.parametrize("cut", [0, 10, 200])
-def test_broken_bytes_raise(cut):
-    noise = np.random.default_rng(2).integers(0, 256, (30, 30, 3)).astype(np.uint8)
-    with pytest.raises((OSError, ValueError, SyntaxError)):
-        decode_image(encode(Image.fromarray(noise))[:cut])

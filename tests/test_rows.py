@@ -9,7 +9,7 @@ from conftest import write_llava
 
 from fuyu_jax.config import DataConfig
 from fuyu_jax.data.layout import LayoutPolicy
-from fuyu_jax.data.rows import PackedData, Position
+from fuyu_jax.data.packed import PackedData, Position
 from fuyu_jax.data.sources.llava import LlavaSource
 from fuyu_jax.errors import TrainingStoppedError
 from fuyu_jax.patches import grid_of, unpatchify
@@ -31,14 +31,15 @@ def test_every_example_is_in_one_row_and_whole(data, tokenizer):
     rows = data.plan(0).rows
     batches = take(data, rows, rows=1)
     ids = [id for b in batches for row in b.ids for id in row]
-    assert sorted(ids) == sorted(data.source.id(i) for i in range(len(data.source)))
-    index = {data.source.id(i): i for i in range(len(data.source))}
+    source = data.mixture.parts[0].source
+    index = {source.id(i): i for i in range(len(source))}
+    assert sorted(ids) == sorted(index)
     for batch in batches:
         arrays = batch.rows
         patch_at = 0
         for segment, id in enumerate(batch.ids[0], start=1):
             here = arrays.segment_ids[0] == segment
-            example = data.source[index[id]]
+            example = source[index[id]]
             count = here.sum()
             np.testing.assert_array_equal(arrays.positions[0][here], np.arange(count))
             for image in example.images:
@@ -113,7 +114,7 @@ def test_oversize_examples_are_told_and_left_out(tmp_path, tokenizer):
     data = PackedData(LlavaSource(path), tokenizer, POLICY, config, seed=0)
     assert 0 < len(data.oversize) < 30
     assert f"{len(data.oversize)} examples fit no row" in data.report()
-    assert data.source.id(int(data.oversize[0])) in data.report()
+    assert data.oversize[0] in data.report()
 
 
 def test_the_hash_holds_difficulties_where_they_order_the_rows(llava_json, tokenizer):

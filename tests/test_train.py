@@ -194,7 +194,7 @@ def test_broken_images_are_counted_and_end_the_run_over_the_limit(tiny_config, t
     assert str(tmp_path / "set" / "images" / "0.png") in told
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_examples"] == 2
     changes["data.max_bad_examples"] = 1
-    with pytest.raises(TrainingStoppedError, match=r"max_bad_examples=1.*1\.png"):
+    with pytest.raises(TrainingStoppedError, match=r"limit of 1 \(data\.max_bad_examples.*1\.png"):
         Trainer(at(tiny_config, tmp_path / "strict", **changes)).run()
 
 

@@ -1,10 +1,15 @@
 """What every source ends in: an ordered list of texts and images."""
 
+import contextlib
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fuyu_jax import patches
+import numpy as np
+from jaxtyping import UInt8
+
+from fuyu_jax import decoding
 from fuyu_jax.errors import UserError
 
 
@@ -14,17 +19,57 @@ class BadImageError(ValueError):
 
 @dataclass(frozen=True)
 class Text:
-    """A run of text; with `train`, an answer that the model learns to give."""
+    """A run of text; with `train`, an answer that the model learns to give.
+
+    With `train` and `plain` it is learnt as running text: no mark before it, none after it.
+    """
 
     text: str
     train: bool = False
+    plain: bool = False
+
+    @property
+    def is_answer(self) -> bool:
+        """Trained, and with the marks of an answer."""
+        return self.train and not self.plain
+
+
+@dataclass(frozen=True)
+class Span:
+    """A file that lies whole and uncompressed within another, as a member of a tar does.
+
+    The outer file is opened for each read, so that a span can be pickled and outlives a fork.
+    """
+
+    path: Path
+    offset: int
+    length: int
+
+    def read(self, limit: int | None = None) -> bytes:
+        """Its bytes, or the first `limit` of them.
+
+        Raises:
+          OSError: the outer file is missing, unreadable or shorter than the span.
+        """
+        wanted = self.length if limit is None else min(limit, self.length)
+        with self.path.open("rb", buffering=0) as file:
+            parts, at = [], self.offset
+            while wanted and (part := os.pread(file.fileno(), wanted, at)):
+                parts.append(part)  # a read may give less than was asked for
+                at, wanted = at + len(part), wanted - len(part)
+        if wanted:
+            raise OSError(f"{self.path} ends {wanted} bytes too early")
+        return b"".join(parts)
+
+    def __str__(self) -> str:
+        return f"{self.path} at byte {self.offset}"
 
 
 @dataclass(frozen=True)
 class Image:
-    """An encoded image (bytes, or a path that is read when needed) and its size in pixels."""
+    """An encoded image and its size in pixels; a path or a span is read when it is needed."""
 
-    encoded: bytes | Path
+    encoded: bytes | Path | Span
     height: int
     width: int
     name: str = ""
@@ -38,12 +83,21 @@ class Image:
         if isinstance(self.encoded, bytes):
             return self.encoded
         try:
+            if isinstance(self.encoded, Span):
+                return self.encoded.read()
             return self.encoded.read_bytes()
         except OSError as error:
-            raise BadImageError(f"image {self.encoded}: {error.strerror or error}") from None
+            name = self.name or self.encoded
+            raise BadImageError(f"image {name}: {error.strerror or error}") from None
 
-    def decode(self):
-        """RGB pixels uint8 [height, width, 3].
+    def decode(
+        self, at_least: tuple[int, int] | None = None
+    ) -> UInt8[np.ndarray, "height width 3"]:
+        """RGB pixels, upright.
+
+        Args:
+          at_least: (height, width); a JPEG may then come back smaller than its header says, but
+            never smaller than this, and in the same proportions.
 
         Raises:
           BadImageError: missing, broken, or of another size than its header said.
@@ -51,18 +105,25 @@ class Image:
         encoded = self.read()
         name = self.name or self.encoded
         try:
-            pixels = patches.decode_image(encoded)
-        except Exception as error:  # Pillow's decoders raise many kinds for broken bytes
+            pixels = decoding.decode_image(encoded, at_least)
+        except decoding.ImageError as error:
             raise BadImageError(f"image {name}: cannot be decoded ({error})") from None
-        if pixels.shape[:2] != (self.height, self.width):
+        height, width = pixels.shape[:2]
+        if (height, width) != (self.height, self.width) and not (
+            at_least is not None
+            and at_least[0] <= height <= self.height
+            and at_least[1] <= width <= self.width
+            # Both sides are shrunk alike and rounded up.
+            and abs(height * self.width - width * self.height) < max(self.height, self.width)
+        ):
             raise BadImageError(
-                f"image {name}: decodes to {pixels.shape[0]}×{pixels.shape[1]} pixels, "
+                f"image {name}: decodes to {height}×{width} pixels, "
                 f"its header says {self.height}×{self.width}"
             )
         return pixels
 
 
-def open_image(encoded: bytes | Path, name: str = "") -> Image:
+def open_image(encoded: bytes | Path | Span, name: str = "") -> Image:
     """An `Image` with its size read from the header.
 
     Raises:
@@ -70,12 +131,28 @@ def open_image(encoded: bytes | Path, name: str = "") -> Image:
     """
     name = name or str(encoded)
     try:
-        height, width = patches.image_size(encoded)
+        height, width = (
+            _span_size(encoded) if isinstance(encoded, Span) else decoding.image_size(encoded)
+        )
     except FileNotFoundError:
         raise BadImageError(f"image {name}: no such file") from None
     except Exception as error:  # a header can be broken in as many ways as a body
         raise BadImageError(f"image {name}: cannot be read ({error})") from None
     return Image(encoded, height, width, name)
+
+
+_HEADER_BYTES = 1 << 16
+
+
+def _span_size(span: Span) -> tuple[int, int]:
+    """From the first bytes of a JPEG if they are enough (they nearly always are), else from all."""
+    if span.length > _HEADER_BYTES:
+        head = span.read(_HEADER_BYTES)
+        # Other formats may hold their orientation behind the pixels.
+        if head.startswith(b"\xff\xd8\xff"):
+            with contextlib.suppress(decoding.ImageError):
+                return decoding.image_size(head)
+    return decoding.image_size(span.read())
 
 
 @dataclass(frozen=True)
@@ -101,6 +178,6 @@ def split_answer(example: Example) -> tuple[Example, str]:
     """
     for at in range(len(example.segments) - 1, -1, -1):
         segment = example.segments[at]
-        if isinstance(segment, Text) and segment.train:
+        if isinstance(segment, Text) and segment.is_answer:
             return Example(example.id, example.segments[:at], example.info), segment.text
     raise UserError(f"example {example.id}: no answer to ask for")

@@ -1,15 +1,30 @@
 """Example → token ids, loss weights and patch grids: the one function that training, evaluation
 and generation share. It needs an image's height and width only, never its pixels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int32, Int64
 
 from fuyu_jax.config import DataConfig, ModelConfig
 from fuyu_jax.data.example import Example, Image
-from fuyu_jax.patches import Grid, grid_of
+from fuyu_jax.data.resolution import Resolution, TokenDrop, example_rng
+from fuyu_jax.patches import Grid
 from fuyu_jax.tokenizer import Tokenizer
+
+
+class Visit(NamedTuple):
+    """One meeting with an example in training: what is left to chance is drawn from this.
+
+    epoch: how often its source has been gone through. at: the same with its fraction, for
+    schedules.
+    """
+
+    seed: int
+    epoch: int
+    index: int
+    at: int | float
 
 
 @dataclass(frozen=True)
@@ -20,13 +35,44 @@ class LayoutPolicy:
     max_height: int = 1080
     max_width: int = 1920
     pad_value: int = 1
+    resolution: Resolution | None = None  # None: native under the cap above
+    drop: TokenDrop = field(default_factory=TokenDrop)
+    draft: bool = True  # decode JPEGs at a half, a quarter or an eighth where that is enough
 
     @classmethod
     def of(cls, model: ModelConfig, data: DataConfig) -> "LayoutPolicy":
-        return cls(model.patch_size, data.max_image_height, data.max_image_width, data.pad_value)
+        """The policy of a run's data, where a source has none of its own."""
+        return cls(
+            model.patch_size,
+            data.max_image_height,
+            data.max_image_width,
+            data.pad_value,
+            Resolution(
+                data.resolution,
+                data.max_image_height,
+                data.max_image_width,
+                data.max_image_patches,
+                data.min_image_side,
+                data.max_image_side,
+                data.resolution_schedule,
+            ),
+            TokenDrop(data.token_drop),
+            data.jpeg_draft,
+        )
 
-    def grid(self, image: Image) -> Grid:
-        return grid_of(image.height, image.width, self.patch_size, self.max_height, self.max_width)
+    @property
+    def changes(self) -> bool:
+        """Whether an example's lengths depend on when it is met."""
+        return bool(self.drop.mean_schedule) or self._resolution.changes
+
+    @property
+    def _resolution(self) -> Resolution:
+        return self.resolution or Resolution("native", self.max_height, self.max_width)
+
+    def grid(
+        self, image: Image, *, at: int | float = 0, rng: np.random.Generator | None = None
+    ) -> Grid:
+        return self._resolution.grid(image.height, image.width, self.patch_size, epoch=at, rng=rng)
 
 
 @dataclass(frozen=True)
@@ -35,16 +81,26 @@ class Layout:
 
     loss_weights: weight of predicting `tokens[t]`: 1 for an answer and the `|ENDOFTEXT|` that
     ends it. grids: one an image, in order. box_scale: of the last image, for boxes in an answer.
+    positions: 0, 1, ... with gaps where patches are dropped. kept: which patches of each image
+    stay; None for all.
     """
 
     tokens: Int32[np.ndarray, "N"]
     loss_weights: Float32[np.ndarray, "N"]
     grids: tuple[Grid, ...]
     box_scale: float
+    positions: Int32[np.ndarray, "N"]
+    kept: tuple[Int64[np.ndarray, "K"] | None, ...]
 
     @property
     def num_patches(self) -> int:
-        return sum(g.patches for g in self.grids)
+        pairs = zip(self.grids, self.kept, strict=True)
+        return sum(g.patches if kept is None else len(kept) for g, kept in pairs)
+
+    @property
+    def dropped(self) -> int:
+        """Patches left out by token dropping."""
+        return sum(g.patches for g in self.grids) - self.num_patches
 
     @property
     def resized(self) -> int:
@@ -53,44 +109,66 @@ class Layout:
 
 
 def lay_out(
-    example: Example, tokenizer: Tokenizer, policy: LayoutPolicy, *, ask: bool = False
+    example: Example,
+    tokenizer: Tokenizer,
+    policy: LayoutPolicy,
+    *,
+    ask: bool = False,
+    visit: Visit | None = None,
 ) -> Layout:
     """Lays an example out as Fuyu does.
 
     An image is `rows × (columns × |SPEAKER| + |NEWLINE|)`. `<s>` comes before the first text, so
     after leading images. An answer is `<0x04> text |ENDOFTEXT|`; conversations repeat question
-    and answer. Boxes count in pixels of the image before them.
+    and answer. Plain text has no marks around it, and `|ENDOFTEXT|` after the last of it; the loss
+    is on all of it where it is to be trained on. Boxes count in pixels of the image before them.
 
     Args:
       example: texts and images in order.
       tokenizer: for texts and boxes.
       policy: for images.
       ask: end with `<0x04>`, so that the model answers next.
+      visit: in training; without it nothing is drawn by chance and no patch is dropped.
     """
     tokens: list[int] = []
     trained: list[tuple[int, int]] = []
     grids: list[Grid] = []
+    kept: list[np.ndarray | None] = []
+    left_out: list[np.ndarray] = []
+    rng, rate = None, 0.0
+    if visit is not None and policy.changes:
+        rng = example_rng(visit.seed, visit.epoch, visit.index)
+        rate = policy.drop.rate(visit.at, rng)
     scale = 1.0
     begun = False
-    for segment in example.segments:
+    last_plain = max(
+        (i for i, s in enumerate(example.segments) if not isinstance(s, Image) and s.plain),
+        default=-1,
+    )
+    for number, segment in enumerate(example.segments):
         if isinstance(segment, Image):
-            grid = policy.grid(segment)
+            grid = policy.grid(segment, at=visit.at if visit else 0, rng=rng)
             scale = grid.scale
             grids.append(grid)
+            kept.append(None)
+            if rate and rng is not None:
+                kept[-1] = policy.drop.keep(grid.patches, rate, rng)
+                gone = np.setdiff1d(np.arange(grid.patches), kept[-1], assume_unique=True)
+                left_out.append(len(tokens) + gone + gone // grid.columns)  # past the newlines
             row = [tokenizer.image_id] * grid.columns + [tokenizer.newline_id]
             tokens += row * grid.rows
             continue
         if not begun:
             tokens.append(tokenizer.bos_id)
             begun = True
-        if segment.train:
+        if segment.train and not segment.plain:
             tokens.append(tokenizer.answer_id)
-            first = len(tokens)
-            tokens += tokenizer.encode(segment.text, scale)
+        first = len(tokens)
+        tokens += tokenizer.encode(segment.text, scale)
+        if (segment.train and not segment.plain) or number == last_plain:
             tokens.append(tokenizer.eos_id)
+        if segment.train:
             trained.append((first, len(tokens)))
-        else:
-            tokens += tokenizer.encode(segment.text, scale)
     if ask:
         if not begun:
             tokens.append(tokenizer.bos_id)
@@ -98,4 +176,9 @@ def lay_out(
     weights = np.zeros(len(tokens), np.float32)
     for first, last in trained:
         weights[first:last] = 1
-    return Layout(np.asarray(tokens, np.int32), weights, tuple(grids), scale)
+    ids, positions = np.asarray(tokens, np.int32), np.arange(len(tokens), dtype=np.int32)
+    if left_out:
+        stays = np.ones(len(tokens), bool)
+        stays[np.concatenate(left_out)] = False
+        ids, weights, positions = ids[stays], weights[stays], positions[stays]
+    return Layout(ids, weights, tuple(grids), scale, positions, tuple(kept))

@@ -17,7 +17,7 @@ from fuyu_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
 from fuyu_jax.config import TrainConfig
 from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.data.opening import TOKENIZER_FILE, Sources, open_sources, open_tokenizer
-from fuyu_jax.data.rows import Batch, PackedData, Position
+from fuyu_jax.data.packed import Batch, PackedData, Position
 from fuyu_jax.errors import TrainingStoppedError, UserError
 from fuyu_jax.evals import runner
 from fuyu_jax.evals.judge import summarise
@@ -79,7 +79,12 @@ class Trainer:
             place = self.workdir if known else Path(scratch)
             self.tokenizer = open_tokenizer(self.sources, place)
             self.data = PackedData(
-                self.sources.open("train"), self.tokenizer, self.policy, config.data, config.seed
+                self.sources.open("train"),
+                self.tokenizer,
+                self.policy,
+                config.data,
+                config.seed,
+                balance_rows=config.rows_per_batch if config.data.balance_patches else 0,
             )
             make_model = model_maker(config, self.tokenizer)
             self.graph, self.state, shardings = create_state(
@@ -92,6 +97,8 @@ class Trainer:
                 kept = self.workdir / TOKENIZER_FILE
                 shutil.copyfile(self.tokenizer.path, kept)
                 self.tokenizer.path = kept
+            self.data.save_plan(self.workdir)
+            self.data.bad.keep_in(self.workdir / "bad_examples.jsonl")
         tx = make_optimizer(config.optim, self.state.params, config.num_steps)
         self.step_fn = make_train_step(
             self.graph,
@@ -167,10 +174,12 @@ class Trainer:
             return None
         found = self.checkpoints.restore(latest, self.state.params, self.state.opt_state)
         if found.data["hash"] != self.data.hash:
+            before, now = found.data["settings"], self.data.settings
+            changed = [k for k in {**before, **now} if before.get(k) != now.get(k)]
             raise UserError(
                 f"checkpoint {latest} in {self.workdir} was made with other data (plan "
-                f"{found.data['hash']} there, {self.data.hash} here): the training records, the "
-                "tokenizer or the images' sizes have changed; give another --workdir"
+                f"{found.data['hash']} there, {self.data.hash} here; changed: "
+                f"{', '.join(changed)}); give another --workdir"
             )
         fields = {f.name: found.data[f.name] for f in dataclasses.fields(Progress)}
         self.progress = Progress(**fields)
@@ -327,7 +336,11 @@ class Trainer:
         )
 
     def _save(self, step: int, progress: Progress) -> None:
-        data = {"hash": self.data.hash, **dataclasses.asdict(progress)}
+        data = {
+            "hash": self.data.hash,
+            "settings": self.data.settings,
+            **dataclasses.asdict(progress),
+        }
         self.checkpoints.save(step, self.state.params, self.state.opt_state, data, self.config)
 
     def _validate(self, step: int, recorder: Recorder) -> None:

@@ -26,7 +26,7 @@ def write_summary(trainer: "Trainer") -> dict[str, Any]:
         "token_padding": trainer.progress.padding,
         "bad_examples": len(trainer.data.bad.reasons),
         "oversize_examples": len(trainer.data.oversize),
-        "resized_images": trainer.data.lengths.resized,
+        "resized_images": trainer.data.resized,
     }
     scores: dict[str, dict[str, Any]] = {}
     splits = trainer.sources.splits if config.eval.summary else ()

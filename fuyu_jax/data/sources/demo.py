@@ -1,6 +1,7 @@
 """The demo set (`fuyu_jax.data.demo`) as a source of examples."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from fuyu_jax.data import demo
@@ -40,6 +41,13 @@ class DemoSource:
         difficulty = max(things, 1) * (3 + size[0] * size[1] / 256)
         info = {"family": families[-1], "objects": objects, "difficulty": difficulty}
         return Example(id, tuple(segments), info)
+
+    def texts(self) -> Iterator[str]:
+        """All texts, for a tokenizer."""
+        for index in range(len(self)):
+            for _, question, answer in demo.turns(self.records[index]):
+                yield question
+                yield answer
 
 
 def _text(value: bytes | str) -> str:

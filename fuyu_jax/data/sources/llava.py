@@ -5,17 +5,12 @@ records without one are text-only. A file is a JSON list, or JSON Lines.
 """
 
 import json
-import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fuyu_jax.data.example import Example, Image, Text, open_image
+from fuyu_jax.data.example import Example
+from fuyu_jax.data.sources.common import IMAGE_MARK, check_turns, conversation, family, opened
 from fuyu_jax.errors import UserError
-
-_ASKS = {"human", "user", "system"}
-_ANSWERS = {"gpt", "assistant", "model"}
-_IMAGE = re.compile(r"[ \t]*<image>\n?")
 
 
 class LlavaSource:
@@ -46,12 +41,6 @@ class LlavaSource:
                     f"{self.path}: records {first} and {at} have one id, {self.id(at)!r}"
                 )
 
-        @lru_cache(maxsize=4096)
-        def opened(path: Path) -> Image:  # many records may share an image
-            return open_image(path)
-
-        self._open = opened
-
     def __len__(self) -> int:
         return len(self.records)
 
@@ -60,35 +49,22 @@ class LlavaSource:
 
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
-        images = [self._open(self.image_dir / p) for p in _image_paths(record)]
-        unused = list(images)
-        segments: list[Text | Image] = []
-        for turn in record["conversations"]:
-            text = turn["value"]
-            if turn["from"] in _ANSWERS:
-                segments.append(Text(text, train=True))
-                continue
-            pieces = _IMAGE.split(text)
-            for at, piece in enumerate(pieces):
-                if at:
-                    segments.append(unused.pop(0))
-                if piece:
-                    segments.append(Text(piece))
-        # A record whose text never says `<image>` shows its images first.
-        return Example(self.id(index), (*unused, *segments), {"family": _family(record)})
+        images = [opened(self.image_dir / p) for p in _image_paths(record)]
+        segments = conversation(record["conversations"], images)
+        return Example(self.id(index), segments, {"family": family(record)})
 
     def texts(self):
         """All texts, for a tokenizer."""
         for record in self.records:
             for turn in record["conversations"]:
-                yield _IMAGE.sub("", turn["value"])
+                yield IMAGE_MARK.sub("", turn["value"])
 
     def largest_side(self) -> int:
         """Of all images that can be read, in pixels."""
         sides = [1]
         for path in {p for r in self.records for p in _image_paths(r)}:
             try:
-                image = self._open(self.image_dir / path)
+                image = opened(self.image_dir / path)
             except ValueError:
                 continue  # told when its example is met
             sides.append(max(image.height, image.width))
@@ -112,25 +88,11 @@ def _image_paths(record: dict[str, Any]) -> list[Any]:
     return list(paths) if isinstance(paths, list) else [paths]
 
 
-def _family(record: dict[str, Any]) -> str:
-    return str(record.get("family", record.get("subset", "all")))
-
-
 def _check(record: Any, where: str) -> None:
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError(f'{where}: no list "conversations"')
     where = f"{where} (id {record.get('id')!r})"
-    for turn in record["conversations"]:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise UserError(f'{where}: a turn has no text "value"')
-        if turn.get("from") not in _ASKS | _ANSWERS:
-            raise UserError(f'{where}: a turn is from {turn.get("from")!r}, not "human" or "gpt"')
     paths = _image_paths(record)
     if not all(isinstance(p, str) for p in paths):
         raise UserError(f'{where}: "image" is not a path or a list of paths')
-    asked = [t["value"] for t in record["conversations"] if t["from"] in _ASKS]
-    marks = sum(len(_IMAGE.findall(text)) for text in asked)
-    if marks not in (0, len(paths)):
-        raise UserError(f"{where}: {marks} <image> marks for {len(paths)} images")
-    if marks == 0 and not asked and not paths:
-        raise UserError(f"{where}: nothing is asked")
+    check_turns(record["conversations"], len(paths), where)
