@@ -69,10 +69,38 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture: what it is, where its splits are, and its share.
+
+    Paths may be globs and `{000..012}` patterns, except for llava, and for tfds, where they are
+    `DIRECTORY:SPLIT`. Fields that are None are those of `DataConfig`.
+    """
+
+    name: str
+    kind: Literal["llava", "webdataset", "parquet", "interleaved", "text", "tfds"]
+    train: str
+    validation: str = ""
+    test: str = ""
+    weight: float = 1.0
+    image_dir: str = ""  # llava, interleaved: "" for the file's own folder
+    prompt: str = ""  # webdataset, parquet: asked where a record has a caption alone
+    max_images: int = 0  # interleaved: documents are cut into examples of so many; 0: whole
+    max_chars: int = 0  # interleaved, text: and of so many characters
+    resolution: Literal["native", "patches", "sampled"] | None = None
+    max_image_height: int | None = None
+    max_image_width: int | None = None
+    max_image_patches: int | None = None
+    min_image_side: int | None = None
+    max_image_side: int | None = None
+    token_drop: tuple[tuple[float, float], ...] | None = None
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where examples come from and how they fill rows."""
 
-    source: Literal["demo", "llava"] = "demo"
+    source: Literal["demo", "llava", "mixture"] = "demo"
+    mixture: tuple[SourceConfig, ...] = ()  # mixture: a list of objects, as a flag in JSON
     data_dir: str = "~/.cache/fuyu_jax/demo"  # demo: where the set is prepared
     demo_train_images: int = 0  # demo: 0 for the builder's own size
     train_json: str = ""  # llava: a LLaVA-style JSON or JSONL file
@@ -195,6 +223,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             flat |= flatten(value, f"{prefix}{f.name}.")
+        elif value and isinstance(value, tuple) and dataclasses.is_dataclass(value[0]):
+            flat[prefix + f.name] = [dataclasses.asdict(item) for item in value]
         else:
             flat[prefix + f.name] = value
     return flat
@@ -242,6 +272,11 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
                 f'config key "{name}": {value!r} is unknown{nearest(str(value), options)}'
             )
         return value
+    if hint == tuple[SourceConfig, ...]:
+        return _sources(name, value)
+    if type(None) in typing.get_args(hint):
+        (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
+        return None if value is None else _typed(name, inner, value)
     if typing.get_origin(hint) in (tuple, types.GenericAlias):
         first = typing.get_args(typing.get_args(hint)[0])[0]
         try:
@@ -269,6 +304,25 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         return value
     except (ValueError, KeyError):
         raise UserError(f'config key "{name}": {value!r} is not of type {hint.__name__}') from None
+
+
+def _sources(name: str, value: Any) -> tuple[SourceConfig, ...]:
+    """Sources from objects, or from their JSON; their fields are checked as all others are."""
+    try:
+        items = json.loads(value) if isinstance(value, str) else value
+        items = [dataclasses.asdict(i) if isinstance(i, SourceConfig) else dict(i) for i in items]
+    except (ValueError, TypeError):
+        example = '[{"name": "a", "kind": "parquet", "train": "a/*.parquet", "weight": 0.5}, ...]'
+        raise UserError(f'config key "{name}": not a list such as {example}') from None
+    sources = []
+    for at, item in enumerate(items):
+        if missing := [k for k in ("name", "kind", "train") if k not in item]:
+            raise UserError(f'config key "{name}", source {at}: no "{missing[0]}"')
+        source = SourceConfig("", "text", "")
+        for key, one in item.items():
+            source = _replace_one(source, f"{name}[{at}].{key}", [key], one)
+        sources.append(source)
+    return tuple(sources)
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -1,18 +1,34 @@
 """From a configuration to its tokenizer and sources."""
 
+import bisect
+import dataclasses
+import itertools
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fuyu_jax.config import DataConfig
+from fuyu_jax.config import DataConfig, ModelConfig, SourceConfig
 from fuyu_jax.data import demo
-from fuyu_jax.data.sources.base import Source
-from fuyu_jax.data.sources.demo import DemoSource
-from fuyu_jax.data.sources.llava import LlavaSource
+from fuyu_jax.data.example import Example
+from fuyu_jax.data.layout import LayoutPolicy
+from fuyu_jax.data.mixture import Mixture, Part
+from fuyu_jax.data.sources import (
+    DemoSource,
+    InterleavedSource,
+    JsonlTextSource,
+    LlavaSource,
+    ParquetSource,
+    Source,
+    TfdsSource,
+    WebDatasetSource,
+)
+from fuyu_jax.data.sources.common import largest_side
 from fuyu_jax.errors import UserError, nearest
 from fuyu_jax.tokenizer import Tokenizer, train_sentencepiece
 
 TOKENIZER_FILE = "tokenizer.model"
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -23,33 +39,125 @@ class Sources:
     demo_dir: Path | None = None
 
     @property
-    def _json_files(self) -> dict[str, str]:
-        """Of LLaVA-style splits; "" where none is given."""
+    def _parts(self) -> tuple[SourceConfig, ...]:
+        """Of all that is not the demo set; a LLaVA file alone is a mixture of one."""
         c = self.config
-        return {
-            "train": c.train_json,
-            "validation": c.validation_json,
-            "test": c.test_json or c.validation_json,
-        }
+        if c.source == "mixture":
+            return c.mixture
+        only = SourceConfig(
+            "llava", "llava", c.train_json, c.validation_json, c.test_json, image_dir=c.image_dir
+        )
+        return (only,)
 
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits that there are."""
         if self.config.source == "demo":
             return ("train", "validation", "test", "compositional")
-        return tuple(name for name, path in self._json_files.items() if path)
+        given = {split for part in self._parts for split in SPLITS if _path(part, split)}
+        return tuple(split for split in SPLITS if split in given)
 
-    def open(self, split: str) -> Source:
-        """The source of a split.
-
-        Raises:
-          UserError: no such split.
-        """
+    def _open(self, split: str) -> list[tuple[SourceConfig | None, Source]]:
         if split not in self.splits:
             raise UserError(f'split "{split}" is not there{nearest(split, self.splits)}')
         if self.demo_dir is not None:
-            return DemoSource(self.demo_dir, split)
-        return LlavaSource(self._json_files[split], self.config.image_dir)
+            return [(None, DemoSource(self.demo_dir, split))]
+        parts = [p for p in self._parts if _path(p, split)]
+        if split == "train" and len(parts) < len(self._parts):
+            missing = next(p.name for p in self._parts if not p.train)
+            raise UserError(f'source "{missing}" has no "train"')
+        return [(part, open_source(part, split)) for part in parts]
+
+    def open(self, split: str) -> Source:
+        """The source of a split; of several sources, one after the other.
+
+        Raises:
+          UserError: no such split, or a file that cannot be read as what it is said to be.
+        """
+        opened = self._open(split)
+        if len(opened) == 1:
+            return opened[0][1]
+        return Chained({part.name: source for part, source in opened if part is not None})
+
+    def open_mixture(self, split: str, model: ModelConfig, seed: int) -> Mixture:
+        """The sources of a split in their proportions, each with its own resolution policy.
+
+        Raises:
+          UserError: as `open`; two sources of one name, a weight of 0.
+        """
+        parts = []
+        for part, source in self._open(split):
+            policy = LayoutPolicy.of(model, _own(self.config, part))
+            name, weight = (part.name, part.weight) if part else (self.config.source, 1.0)
+            parts.append(Part(name, source, weight, policy))
+        return Mixture(parts, seed)
+
+
+def _path(part: SourceConfig, split: str) -> str:
+    """Of a split; a test split that is not given is the validation split."""
+    return (part.test or part.validation) if split == "test" else getattr(part, split)
+
+
+def _own(config: DataConfig, part: SourceConfig | None) -> DataConfig:
+    """The data configuration with a source's own fields in the place of the common ones."""
+    if part is None:
+        return config
+    shared = {f.name for f in dataclasses.fields(config)} - {"mixture", "image_dir"}
+    mine = {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name in shared}
+    return dataclasses.replace(config, **{k: v for k, v in mine.items() if v is not None})
+
+
+def open_source(part: SourceConfig, split: str) -> Source:
+    """One source of a mixture.
+
+    Raises:
+      UserError: a file that is missing or not what it is said to be.
+    """
+    path = _path(part, split)
+    if part.kind == "llava":
+        return LlavaSource(path, part.image_dir)
+    if part.kind == "webdataset":
+        return WebDatasetSource(path, part.prompt)
+    if part.kind == "parquet":
+        return ParquetSource(path, prompt=part.prompt)
+    if part.kind == "interleaved":
+        return InterleavedSource(path, part.image_dir, part.max_images, part.max_chars)
+    if part.kind == "text":
+        return JsonlTextSource(path, part.max_chars)
+    directory, colon, name = path.rpartition(":")
+    if not colon:
+        raise UserError(f'source "{part.name}": {path}: give DIRECTORY:SPLIT of a prepared set')
+    return TfdsSource(directory, name)
+
+
+class Chained:
+    """Sources one after the other, for evaluation; ids say which one an example is of."""
+
+    def __init__(self, sources: dict[str, Source]):
+        self.sources = sources
+        self._ends = list(itertools.accumulate(len(s) for s in sources.values()))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _find(self, index: int) -> tuple[str, Source, int]:
+        at = bisect.bisect_right(self._ends, index)
+        name = list(self.sources)[at]
+        return name, self.sources[name], index - (self._ends[at - 1] if at else 0)
+
+    def id(self, index: int) -> str:
+        name, source, at = self._find(index)
+        return f"{name}/{source.id(at)}"
+
+    def __getitem__(self, index: int) -> Example:
+        name, source, at = self._find(index)
+        example = source[at]
+        return dataclasses.replace(example, id=f"{name}/{example.id}")
+
+    def texts(self) -> Iterator[str]:
+        """All texts, for a tokenizer."""
+        for source in self.sources.values():
+            yield from source.texts()
 
 
 def open_sources(config: DataConfig) -> Sources:
@@ -63,7 +171,10 @@ def open_sources(config: DataConfig) -> Sources:
         if config.demo_train_images:
             sizes = {**demo.DEFAULT_SIZES, "train": config.demo_train_images}
         return Sources(config, demo.prepare(Path(config.data_dir).expanduser(), sizes=sizes))
-    if not (config.train_json or config.validation_json or config.test_json):
+    if config.source == "mixture":
+        if not config.mixture:
+            raise UserError("no data: give --config.data.mixture='[{\"name\": ..., ...}]'")
+    elif not (config.train_json or config.validation_json or config.test_json):
         raise UserError("no data: give --config.data.train_json=FILE (LLaVA-style JSON or JSONL)")
     return Sources(config)
 
@@ -84,8 +195,8 @@ def open_tokenizer(sources: Sources, workdir: Path) -> Tokenizer:
             _copy(sources.demo_dir / demo.TOKENIZER_FILE, kept)
         else:
             train = sources.open("train")
-            assert isinstance(train, LlavaSource)
-            side = min(train.largest_side(), max(config.max_image_height, config.max_image_width))
+            cap = max(config.max_image_height, config.max_image_width)
+            side = min(largest_side(train), cap)
             train_sentencepiece(
                 train.texts(), kept, config.tokenizer_vocab, max_coordinate=-(-side // 2)
             )

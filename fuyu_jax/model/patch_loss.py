@@ -16,9 +16,7 @@ SIZE = CELLS * CELLS * ORIENTATIONS
 _NOISE = 0.02  # gradients (of 0..1 pixels) much smaller than this count little
 
 
-def edge_histograms(
-    patches: UInt8[Array, "B P C"], patch_size: int
-) -> Float32[Array, "B P edges"]:
+def edge_histograms(patches: UInt8[Array, "B P C"], patch_size: int) -> Float32[Array, "B P edges"]:
     """Share of edge strength by cell of the patch and orientation; all 0 on a blank patch.
 
     Args:

@@ -79,7 +79,7 @@ class Trainer:
             place = self.workdir if known else Path(scratch)
             self.tokenizer = open_tokenizer(self.sources, place)
             self.data = PackedData(
-                self.sources.open("train"),
+                self.sources.open_mixture("train", config.model, config.seed),
                 self.tokenizer,
                 self.policy,
                 config.data,

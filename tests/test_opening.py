@@ -1,0 +1,91 @@
+"""Mixtures from a configuration: flags to sources, and a run on them."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import write_llava
+
+from fuyu_jax import config as config_lib
+from fuyu_jax.config import DataConfig, SourceConfig, TrainConfig
+from fuyu_jax.data.opening import open_sources
+from fuyu_jax.errors import UserError
+from fuyu_jax.train import Trainer
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A LLaVA file and a file of plain text."""
+    llava = write_llava(tmp_path / "a", 20)
+    text = tmp_path / "text.jsonl"
+    lines = [{"id": f"t{i}", "text": f"red green blue {i}"} for i in range(12)]
+    text.write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return [
+        {"name": "shapes", "kind": "llava", "train": str(llava), "validation": str(llava)},
+        {"name": "words", "kind": "text", "train": str(text), "weight": 0.25},
+    ]
+
+
+def mixture(parts, config=None):
+    changes = {"data.source": "mixture", "data.mixture": json.dumps(parts)}
+    return config_lib.replace(config or TrainConfig(), changes)
+
+
+def test_flags_become_sources_with_their_own_policies(parts):
+    parts[0] |= {"weight": 0.75, "resolution": "patches", "max_image_patches": 6}
+    config = mixture(parts)
+    assert config.data.mixture[1] == SourceConfig("words", "text", parts[1]["train"], weight=0.25)
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert again == config
+    sources = open_sources(config.data)
+    assert sources.splits == ("train", "validation", "test")
+    mixed = sources.open_mixture("train", config.model, seed=0)
+    assert [p.name for p in mixed.parts] == ["shapes", "words"]
+    assert [float(s) for s in mixed.shares] == [0.75, 0.25]
+    policies = [p.policy.resolution for p in mixed.parts]
+    assert (policies[0].kind, policies[0].max_patches) == ("patches", 6)
+    assert (policies[1].kind, policies[1].max_height) == ("native", 1080)
+    both = sources.open("train")
+    assert len(both) == 32 and both.id(0) == "shapes/r0"
+    assert both[20].id == both.id(20) == "words/text:1:t0"
+    assert both[20].segments[0].text == "red green blue 0"
+    assert len(list(both.texts())) > 32
+    assert len(sources.open("validation")) == 20  # the text has none
+
+
+def test_a_run_on_a_mixture(parts, tiny_config, tmp_path, capsys):
+    config = mixture(parts, config_lib.replace(tiny_config, {"workdir": str(tmp_path / "run")}))
+    run = Trainer(config)
+    run.run()
+    # 20 at 3/4... the weights are 1 and 1/4, so 4/5: 60 draws show 12 texts once, 48 shapes.
+    assert "an epoch goes through shapes 2.40×, words 1.00×" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["examples"] == 60 and plan["settings"]["words.weight"] == 0.25
+    weights = [row for row in run.data.row_source(0)[0].batch.loss_weights]
+    assert np.sum(weights) > 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"weigth": 1}, r'mixture\[0\]\.weigth.*did you mean ".*weight"'),
+        ({"kind": "parket"}, 'did you mean "parquet"'),
+        ({"weight": "much"}, "not of type float"),
+        ({"train": None}, "not of type str"),
+    ],
+)
+def test_a_mistyped_source_is_one_line(parts, change, message):
+    with pytest.raises(UserError, match=message):
+        mixture([parts[0] | change, parts[1]])
+
+
+def test_missing_pieces_are_one_line(parts, tmp_path):
+    with pytest.raises(UserError, match='source 0: no "kind"'):
+        mixture([{"name": "a", "train": "b"}])
+    with pytest.raises(UserError, match="not a list such as"):
+        config_lib.replace(TrainConfig(), {"data.mixture": "{"})
+    with pytest.raises(UserError, match=r"no data: give --config\.data\.mixture"):
+        open_sources(DataConfig(source="mixture"))
+    config = mixture([{"name": "a", "kind": "tfds", "train": str(tmp_path)}])
+    with pytest.raises(UserError, match="give DIRECTORY:SPLIT"):
+        open_sources(config.data).open("train")
