@@ -1,11 +1,23 @@
 """The planner: every example once, within both budgets, a pure function of its inputs."""
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuyu_jax.data.plan import MAX_WAIT, make_plan
+from fuyu_jax.data.plan import (
+    MAX_WAIT,
+    Plan,
+    main,
+    make_plan,
+    read_lengths,
+    recommend_patches,
+)
+from fuyu_jax.errors import UserError
 
 
 def plan_of(tokens, patches, **settings):
@@ -75,3 +87,107 @@ def test_easy_first_goes_from_easy_to_hard_and_loses_none():
 def test_text_alone_needs_no_patches():
     plan = plan_of([100, 100, 50], [0, 0, 0], patches_per_row=0)
     assert plan.rows == 1
+
+
+def test_rows_keep_their_examples_when_they_are_put_in_order():
+    tokens, patches = (np.asarray(x) for x in lengths(3000))
+    plain, balanced = (plan_of(tokens, patches, block=512, balance_rows=n) for n in (0, 8))
+    rows = [sorted(p.row(r).tolist() for r in range(p.rows)) for p in (plain, balanced)]
+    assert sorted(sorted(r) for r in rows[0]) == sorted(sorted(r) for r in rows[1])
+    held = np.array([patches[balanced.row(r)].sum() for r in range(balanced.rows // 8 * 8)])
+    unordered = np.array([patches[plain.row(r)].sum() for r in range(len(held))])
+    spread = [np.ptp(h.reshape(-1, 8), axis=1).mean() for h in (held, unordered)]
+    assert spread[0] < spread[1] / 4
+
+
+def test_ordered_blocks_stay_where_they_are():
+    tokens, patches = lengths(4000)
+    plan = plan_of(tokens, patches, block=500, ordered=True)
+    assert sorted(plan.examples.tolist()) == list(range(4000))
+    # A row's examples come from its block and from those that have waited.
+    at = np.repeat(np.arange(plan.rows) / plan.rows, np.diff(plan.offsets))
+    assert np.abs(at - plan.examples / 4000).max() < (MAX_WAIT + 1) * 500 / 4000
+    quarters = [q.mean() for q in np.array_split(plan.examples, 4)]
+    assert quarters == sorted(quarters) and quarters[0] < 1000 < 3000 < quarters[-1]
+
+
+def test_the_recommended_patch_budget_costs_next_to_nothing():
+    tokens, patches = (np.asarray(x, np.int32) for x in lengths(4000))
+    budget = recommend_patches(tokens, patches, tokens_per_row=256, multiple=8)
+    assert budget % 8 == 0 and budget >= patches.max()
+    free = plan_of(tokens, patches, patches_per_row=256)
+    within = plan_of(tokens, patches, patches_per_row=budget)
+    assert within.token_padding <= free.token_padding + 0.0005
+    assert budget < 256
+    assert recommend_patches(tokens, patches * 0, tokens_per_row=256) == 0
+
+
+def write_csv(path, rows, header="height,width,text_tokens"):
+    path.write_text("\n".join([header, *(",".join(map(str, r)) for r in rows)]) + "\n")
+    return path
+
+
+def test_the_command_prints_one_json_object(tmp_path, capsys, monkeypatch):
+    rows = [(60, 90, 10), (0, 0, 40), (61, 30, 5), (2000, 100, 3), (30, 30, 700)]
+    path = write_csv(tmp_path / "lengths.csv", rows)
+    # By hand, patches of 30: 2x3, none, 3x1, (1080, 54) = 36x2, 1x1; a newline for every row of
+    # patches, <s> and the end for every example.
+    tokens = [2 * 4 + 12, 42, 3 * 2 + 7, 36 * 3 + 5, 2 + 702]
+    found = read_lengths(path, 30)
+    assert found[0].tolist() == tokens and found[1].tolist() == [6, 0, 3, 72, 1]
+    flags = ["--tokens=256", "--patches=128", f"--lengths={path}", f"--out={tmp_path / 'p.npz'}"]
+    monkeypatch.setattr("sys.argv", ["plan", *flags])
+    main()
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"] == 1 and report["examples"] == 4 and report["oversize"] == 1
+    assert report["token_padding"] == pytest.approx(1 - sum(tokens[:4]) / 256)
+    assert report["patch_padding"] == pytest.approx(1 - 81 / 128)
+    assert report["microseconds_per_example"] > 0 and report["max_wait_blocks"] == 0
+    assert Plan.load(tmp_path / "p.npz").hash == report["hash"]
+
+
+@pytest.mark.parametrize(
+    "rows, header, flags, message",
+    [
+        ([(1, 2)], "height,width,text_tokens", [], "line 2: '1,2' is not"),
+        ([(1, 0, 5)], "height,width,text_tokens", [], "0,0 for no image"),
+        ([(1, 1, "x")], "height,width,text_tokens", [], "line 2"),
+        ([(1, 1, 1)], "h,w,t", [], "first line"),
+        ([(1, 1, 1)], "height,width,text_tokens", ["--tokens=0"], "--tokens=0"),
+        ([(1, 1, 1)], "height,width,text_tokens", ["--patches=-1"], "--patches=-1"),
+        ([(1, 1, 1)], "height,width,text_tokens", ["--token=5"], 'did you mean "--tokens"'),
+    ],
+)
+def test_bad_input_to_the_command_is_one_line(tmp_path, monkeypatch, rows, header, flags, message):
+    path = write_csv(tmp_path / "lengths.csv", rows, header)
+    flags = [f"--lengths={path}", "--tokens=256", "--patches=128", *flags]
+    monkeypatch.setattr("sys.argv", ["plan", *flags])
+    with pytest.raises(UserError) as error:
+        main()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_file_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_lengths(tmp_path / "none.csv", 30)
+
+
+SHARED = Path(
+    os.environ.get("FUYU_JAX_SHARED_DATA")
+    or Path(__file__).resolve().parents[2] / "shared" / "data"
+)
+
+
+@pytest.mark.skipif(not (SHARED / "lengths").is_dir(), reason=f"no {SHARED / 'lengths'}")
+@pytest.mark.parametrize(
+    "tokens_per_row, patches_per_row, most", [(8192, 7168, 0.001), (4096, 3584, 0.002)]
+)
+def test_padding_of_12_000_mixed_sizes(tokens_per_row, patches_per_row, most):
+    tokens, patches = read_lengths(SHARED / "lengths" / "mixture_12k.csv", 30)
+    budgets = {"tokens_per_row": tokens_per_row, "patches_per_row": patches_per_row}
+    for seed in range(3):
+        plan = plan_of(tokens, patches, **budgets, seed=seed, block=4096)
+        assert sorted(plan.examples.tolist()) == list(range(12_000))
+        used = np.sort([tokens[plan.row(r)].sum() for r in range(plan.rows)])[3:]
+        assert 1 - used.mean() / tokens_per_row <= most  # three tail rows aside
+        assert plan.max_wait_blocks <= MAX_WAIT

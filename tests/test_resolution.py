@@ -146,6 +146,15 @@ def test_plain_text_is_trained_on_without_an_answers_marks(tokenizer):
     assert layout.loss_weights.tolist() == weights
 
 
+@pytest.mark.parametrize("part, ends", [(0, False), (1, False), (2, True)])
+def test_only_the_last_part_of_a_document_ends_it(tokenizer, part, ends):
+    info = {"part": part, "parts": 3}
+    layout = lay_out(
+        Example("a", (Text("red", True, plain=True),), info), tokenizer, LayoutPolicy(8)
+    )
+    assert (layout.tokens[-1] == tokenizer.eos_id) == ends
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

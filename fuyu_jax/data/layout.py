@@ -120,8 +120,9 @@ def lay_out(
 
     An image is `rows × (columns × |SPEAKER| + |NEWLINE|)`. `<s>` comes before the first text, so
     after leading images. An answer is `<0x04> text |ENDOFTEXT|`; conversations repeat question
-    and answer. Plain text has no marks around it, and `|ENDOFTEXT|` after the last of it; the loss
-    is on all of it where it is to be trained on. Boxes count in pixels of the image before them.
+    and answer. Plain text has no marks around it, and `|ENDOFTEXT|` after the last of a document;
+    the loss is on all of it where it is to be trained on. Boxes count in pixels of the image before
+    them.
 
     Args:
       example: texts and images in order.
@@ -141,10 +142,10 @@ def lay_out(
         rate = policy.drop.rate(visit.at, rng)
     scale = 1.0
     begun = False
-    last_plain = max(
-        (i for i, s in enumerate(example.segments) if not isinstance(s, Image) and s.plain),
-        default=-1,
-    )
+    last_plain = -1
+    if example.info.get("part", 0) + 1 >= example.info.get("parts", 1):
+        plain = (not isinstance(s, Image) and s.plain for s in example.segments)
+        last_plain = max((i for i, p in enumerate(plain) if p), default=-1)
     for number, segment in enumerate(example.segments):
         if isinstance(segment, Image):
             grid = policy.grid(segment, at=visit.at if visit else 0, rng=rng)

@@ -67,7 +67,8 @@ class BadExamples:
 class Lengths:
     """Token and patch lengths of examples; 0 tokens: left out as bad.
 
-    difficulty: what the source says of an example, its tokens where it says nothing.
+    difficulty: what the source says of an example, its tokens where it says nothing. empty:
+    examples without anything in them.
     """
 
     tokens: Int32[np.ndarray, "N"]
@@ -75,6 +76,7 @@ class Lengths:
     difficulty: Float32[np.ndarray, "N"]
     images: int
     resized: int
+    empty: int = 0
 
 
 def measure(part: Part, tokenizer: Tokenizer, bad: BadExamples, label: str = "") -> Lengths:
@@ -85,7 +87,7 @@ def measure(part: Part, tokenizer: Tokenizer, bad: BadExamples, label: str = "")
     size = len(part.source)
     tokens, patches = np.zeros(size, np.int32), np.zeros(size, np.int32)
     difficulty = np.ones(size, np.float32)
-    images = resized = 0
+    images = resized = empty = 0
     for i in range(size):
         try:
             example = part.source[i]
@@ -93,11 +95,12 @@ def measure(part: Part, tokenizer: Tokenizer, bad: BadExamples, label: str = "")
         except BadImageError as error:
             bad.add(label + part.source.id(i), str(error))
             continue
+        empty += not example.segments
         difficulty[i] = example.info.get("difficulty", len(layout.tokens))
         tokens[i], patches[i] = len(layout.tokens), layout.num_patches
         images += len(layout.grids)
         resized += layout.resized
-    return Lengths(tokens, patches, difficulty, images, resized)
+    return Lengths(tokens, patches, difficulty, images, resized, empty)
 
 
 def measure_visit(mixture: Mixture, part: int, tokenizer: Tokenizer, visit: Visit):

@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,10 +125,12 @@ def open_source(part: SourceConfig, split: str) -> Source:
         return InterleavedSource(path, part.image_dir, part.max_images, part.max_chars)
     if part.kind == "text":
         return JsonlTextSource(path, part.max_chars)
-    directory, colon, name = path.rpartition(":")
-    if not colon:
+    # A split may have colons of its own: train[:10%].
+    found = re.fullmatch(r"(.+?):(\w+(?:\[.*\])?)", path)
+    if not found:
         raise UserError(f'source "{part.name}": {path}: give DIRECTORY:SPLIT of a prepared set')
-    return TfdsSource(directory, name)
+    # In evaluation each question stands alone, or the answers before it would give it away.
+    return TfdsSource(*found.groups(), turns="all" if split == "train" else "each")
 
 
 class Chained:

@@ -228,6 +228,8 @@ class PackedData:
         if left_out := self.oversize:
             first = ", ".join(left_out[:3])
             text += f"; {len(left_out)} examples fit no row and are left out ({first}, ...)"
+        if empty := sum(x.empty for x in self.lengths):
+            text += f"; {empty} examples are empty and are left out"
         if self.bad.reasons:
             text += f"; {len(self.bad.reasons)} examples have bad images and are left out"
         return text

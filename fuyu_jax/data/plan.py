@@ -1,11 +1,10 @@
 """Which examples share which row: a pure function of lengths, seed, epoch and two budgets.
 
-First-fit on the scarcer of the two budgets, in blocks of a few thousand examples: the larger ones
-in random order, the smallest in decreasing order to fill what is left. (Decreasing order throughout
-packs no better and puts examples of one size into one row: the standard deviation of lengths in a
-row was 4 of 28 tokens on the demo set, and is 23 so.) Rows that a block leaves poorly filled go
-back to the examples of the next block; an example that has waited `MAX_WAIT` blocks keeps its row
-whatever its filling.
+First-fit on the scarcer of the two budgets, in blocks of a few thousand examples: the larger half
+in random order, the smaller half in decreasing order to fill what is left. (Decreasing order
+throughout packs no better and puts examples of one size into one row.) Rows that a block leaves
+poorly filled go back to the examples of the next block; an example that has waited `MAX_WAIT`
+blocks keeps its row whatever its filling.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def prompt_text(example: Example) -> str:
         if isinstance(s, Image):
             parts.append("<image>")
         else:
-            parts.append(f"\n> {s.text}\n" if s.train else s.text)
+            parts.append(f"\n> {s.text}\n" if s.is_answer else s.text)
     return "".join(parts)
 
 
