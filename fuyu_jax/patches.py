@@ -81,12 +81,18 @@ def patchify(
     if out is None:
         out = np.empty((grid.patches, p * p * 3), np.uint8)
     cells = out.reshape(rows, columns, p, p, 3)
-    whole_rows, whole_columns = grid.height // p, grid.width // p
-    if (whole_rows, whole_columns) != (rows, columns):
-        padded = np.full((rows * p, columns * p, 3), pad_value, np.uint8)
-        padded[: grid.height, : grid.width] = pixels
-        pixels = padded
-    cells[...] = pixels.reshape(rows, p, columns, p, 3).swapaxes(1, 2)
+    # Whole patches go over in one copy, without a padded image between; then the edges.
+    r, c = grid.height // p, grid.width // p
+    cells[:r, :c] = pixels[: r * p, : c * p].reshape(r, p, c, p, 3).swapaxes(1, 2)
+    h, w = grid.height - r * p, grid.width - c * p
+    if w:
+        cells[:r, c, :, :w] = pixels[: r * p, c * p :].reshape(r, p, w, 3)
+        cells[:, c, :, w:] = pad_value
+    if h:
+        cells[r, :c, :h] = pixels[r * p :, : c * p].reshape(h, c, p, 3).swapaxes(0, 1)
+        cells[r, :, h:] = pad_value
+    if h and w:
+        cells[r, c, :h, :w] = pixels[r * p :, c * p :]
     return out
 
 

@@ -87,8 +87,8 @@ class Image:
                 return self.encoded.read()
             return self.encoded.read_bytes()
         except OSError as error:
-            name = self.name or self.encoded
-            raise BadImageError(f"image {name}: {error.strerror or error}") from None
+            where = self.encoded if isinstance(self.encoded, Path) else self.name or self.encoded
+            raise BadImageError(f"image {where}: {error.strerror or error}") from None
 
     def decode(
         self, at_least: tuple[int, int] | None = None

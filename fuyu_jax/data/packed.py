@@ -21,7 +21,7 @@ from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.data.lengths import BadExamples, Lengths, measure, measure_visit
 from fuyu_jax.data.mixture import Draws, Mixture, Part
 from fuyu_jax.data.plan import Plan, make_plan
-from fuyu_jax.data.rows import Row, RowSource, visit_of
+from fuyu_jax.data.rows import Buffers, Row, RowSource, visit_of
 from fuyu_jax.data.sources.base import Source
 from fuyu_jax.errors import UserError
 from fuyu_jax.tokenizer import Tokenizer
@@ -97,6 +97,7 @@ class PackedData:
             measure(part, tokenizer, self.bad, f"{part.name}/" if several else "")
             for part in source.parts
         ]
+        self._buffers = Buffers()
         self._epochs: dict[int, RowSource] = {}
         first = self.plan(0)
         if not first.rows:
@@ -153,7 +154,7 @@ class PackedData:
             # A batch may span two epochs; older ones are not needed again.
             self._epochs = {e: rows for e, rows in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = RowSource(
-                self.mixture, self.tokenizer, plan, draws, epoch, self.seed
+                self.mixture, self.tokenizer, plan, draws, epoch, self.seed, self._buffers
             )
         return self._epochs[epoch]
 
@@ -312,10 +313,13 @@ class PackedData:
         while True:
             taken = [next(rows) for _ in range(share)]
             position = self._advance(position, rows_per_batch)
+            rows_of = zip(*(r.batch for r in taken), strict=True)
+            batch = PackedBatch(*(np.concatenate(a) for a in rows_of))
+            if not self.config.workers:
+                for row in taken:
+                    self._buffers.give_back(row.batch.patches)
             yield Batch(
-                PackedBatch(
-                    *(np.concatenate(a) for a in zip(*(r.batch for r in taken), strict=True))
-                ),
+                batch,
                 tuple(r.ids for r in taken),
                 position,
                 sum(r.dropped for r in taken),

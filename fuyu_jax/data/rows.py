@@ -1,5 +1,6 @@
 """PackedBatch rows, filled lazily from a plan: element i is a function of i alone."""
 
+import collections
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -94,6 +95,32 @@ def fill_row(batch: PackedBatch, row: int, examples: Sequence[PatchedExample]) -
             filler.places(len(patches), coordinates)[...] = patches
 
 
+class Buffers:
+    """Patch buffers that rows are done with, to be written again.
+
+    A row's is tens of megabytes: taken fresh from the system, its first writing costs as much as
+    decoding a third of its images.
+    """
+
+    def __init__(self) -> None:
+        self._free: collections.deque[np.ndarray] = collections.deque()  # its ends are thread-safe
+
+    def take(self, shape: tuple[int, ...]) -> np.ndarray:
+        """An array of this shape, with anything in it."""
+        try:
+            found = self._free.pop()
+        except IndexError:
+            return np.empty(shape, np.uint8)
+        return found if found.shape == shape else np.empty(shape, np.uint8)
+
+    def give_back(self, array: np.ndarray) -> None:
+        """Nobody may look at the array any more."""
+        self._free.append(array)
+
+    def __reduce__(self):
+        return Buffers, ()  # another process has its own
+
+
 class Row(NamedTuple):
     """One row, with what a person wants to know of it.
 
@@ -117,6 +144,7 @@ class RowSource:
       draws: of this epoch.
       epoch: of the mixture.
       seed: for what is drawn by chance.
+      buffers: where patch buffers come from; whoever keeps a row does not give its own back.
     """
 
     def __init__(
@@ -127,6 +155,7 @@ class RowSource:
         draws: Draws,
         epoch: int,
         seed: int,
+        buffers: Buffers | None = None,
     ):
         self.mixture = mixture
         self.tokenizer = tokenizer
@@ -134,14 +163,16 @@ class RowSource:
         self.draws = draws
         self.epoch = epoch
         self.seed = seed
+        self.buffers = buffers or Buffers()
 
     def __len__(self) -> int:
         return self.plan.rows
 
     def __getitem__(self, index: int) -> Row:
         patch_size = self.mixture.parts[0].policy.patch_size
-        shape = (1, self.plan.tokens_per_row, self.plan.patches_per_row)
-        batch = PackedBatch.empty(*shape, patch_size**2 * 3)
+        tokens, patches = self.plan.tokens_per_row, self.plan.patches_per_row
+        batch = PackedBatch.empty(1, tokens, patches, 0)
+        batch = batch._replace(patches=self.buffers.take((1, patches, patch_size**2 * 3)))
         filler = _Filler(batch, 0)
         ids: list[str] = []
         skipped: list[tuple[str, str]] = []
@@ -160,6 +191,7 @@ class RowSource:
             filler.images(layout, images, part.policy)
             ids.append(self.name(int(d)))
             dropped += layout.dropped
+        batch.patches[0, filler.patch_at :] = 0
         return Row(batch, tuple(ids), tuple(skipped), dropped)
 
     def visit(self, draw: int) -> Visit:
