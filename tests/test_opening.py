@@ -1,14 +1,17 @@
 """Mixtures from a configuration: flags to sources, and a run on them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from conftest import write_llava
+from PIL import Image as PilImage
 
 from fuyu_jax import config as config_lib
 from fuyu_jax.config import DataConfig, SourceConfig, TrainConfig
 from fuyu_jax.data.opening import open_sources
+from fuyu_jax.data.report import report
 from fuyu_jax.errors import UserError
 from fuyu_jax.train import Trainer
 
@@ -63,6 +66,27 @@ def test_a_run_on_a_mixture(parts, tiny_config, tmp_path, capsys):
     assert plan["examples"] == 60 and plan["settings"]["words.weight"] == 0.25
     weights = [row for row in run.data.row_source(0)[0].batch.loss_weights]
     assert np.sum(weights) > 0
+
+
+def test_the_report_counts_what_is_packed(parts, tiny_config, tmp_path):
+    config = mixture(parts, tiny_config)
+    text = report(config, tmp_path / "page")
+    assert (tmp_path / "page" / "report.txt").read_text() == text
+    with PilImage.open(tmp_path / "page" / "report.png") as page:
+        assert page.width > 800 and len(page.convert("RGB").getcolors(1 << 24)) > 20
+    run = Trainer(config_lib.replace(config, {"workdir": str(tmp_path / "run")}))
+    rows = [run.data.row_source(0)[r] for r in range(run.data.plan(0).rows)]
+    counts = {"shapes": [0, 0, 0], "words": [0, 0, 0]}
+    for row in rows:
+        for segment, id in enumerate(row.ids, start=1):
+            here = row.batch.segment_ids[0] == segment
+            patches = int((row.batch.tokens[0][here] == run.tokenizer.image_id).sum())
+            found = counts[id.split("/")[0]]
+            found[:] = found[0] + 1, found[1] + int(here.sum()), found[2] + patches
+    for name, (examples, tokens, patches) in counts.items():
+        assert re.search(
+            rf"^{name}: {examples} examples, {tokens} tokens \(.*\), {patches} patches$", text, re.M
+        )
 
 
 @pytest.mark.parametrize(
