@@ -37,6 +37,7 @@ from tqdm import tqdm
 from fuyu_jax import cli, errors
 from fuyu_jax.data.example import BadImageError, Example, Image, Text
 from fuyu_jax.data.sources.base import Source
+from fuyu_jax.data.sources.common import largest_side, texts_of
 from fuyu_jax.errors import UserError
 
 RULES = (
@@ -166,14 +167,11 @@ class CleanedSource:
     def texts(self) -> Iterator[str]:
         """All texts of the kept examples, for a tokenizer; opens the images' headers again."""
         for example in self._examples():
-            for segment in example.segments:
-                if isinstance(segment, Text):
-                    yield segment.text
+            yield from texts_of(example.segments)
 
     def largest_side(self) -> int:
         """Of all images of the kept examples, in pixels."""
-        sides = (max(i.height, i.width) for e in self._examples() for i in e.images)
-        return max(sides, default=1)
+        return largest_side(self)
 
 
 class _Broken(NamedTuple):

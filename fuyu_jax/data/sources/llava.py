@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fuyu_jax.data.example import Example
-from fuyu_jax.data.sources.common import IMAGE_MARK, check_turns, conversation, family, opened
+from fuyu_jax.data.sources.common import (
+    IMAGE_MARK,
+    check_turns,
+    conversation,
+    family,
+    largest_side,
+    opened,
+)
 from fuyu_jax.errors import UserError
 
 
@@ -61,14 +68,7 @@ class LlavaSource:
 
     def largest_side(self) -> int:
         """Of all images that can be read, in pixels."""
-        sides = [1]
-        for path in {p for r in self.records for p in _image_paths(r)}:
-            try:
-                image = opened(self.image_dir / path)
-            except ValueError:
-                continue  # told when its example is met
-            sides.append(max(image.height, image.width))
-        return max(sides)
+        return largest_side(self)
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
