@@ -72,7 +72,18 @@ class LayoutPolicy:
     def grid(
         self, image: Image, *, at: int | float = 0, rng: np.random.Generator | None = None
     ) -> Grid:
-        return self._resolution.grid(image.height, image.width, self.patch_size, epoch=at, rng=rng)
+        return self.sized(image.height, image.width, at=at, rng=rng)
+
+    def sized(
+        self,
+        height: int,
+        width: int,
+        *,
+        at: int | float = 0,
+        rng: np.random.Generator | None = None,
+    ) -> Grid:
+        """The grid of an image of these pixels."""
+        return self._resolution.grid(height, width, self.patch_size, epoch=at, rng=rng)
 
 
 @dataclass(frozen=True)
@@ -90,7 +101,7 @@ class Layout:
     grids: tuple[Grid, ...]
     box_scale: float
     positions: Int32[np.ndarray, "N"]
-    kept: tuple[Int64[np.ndarray, "K"] | None, ...]
+    kept: tuple[Int64[np.ndarray, "_"] | None, ...]
 
     @property
     def num_patches(self) -> int:

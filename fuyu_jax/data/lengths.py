@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32
 
-from fuyu_jax.data.example import BadImageError
 from fuyu_jax.data.layout import Visit, lay_out
-from fuyu_jax.data.mixture import Mixture, Part
+from fuyu_jax.data.mixture import Part
+from fuyu_jax.data.outline import Outline, read_outline, static_lengths, visit_lengths
 from fuyu_jax.errors import TrainingStoppedError
 from fuyu_jax.tokenizer import Tokenizer
 
@@ -76,35 +76,34 @@ class Lengths:
     difficulty: Float32[np.ndarray, "N"]
     images: int
     resized: int
-    empty: int = 0
+    empty: int
+    outline: Outline
 
 
 def measure(part: Part, tokenizer: Tokenizer, bad: BadExamples, label: str = "") -> Lengths:
-    """Lays out every example of a source as it is without chance.
+    """Lengths of every example of a source as it is without chance.
 
     `label` goes before the ids of bad examples.
     """
-    size = len(part.source)
-    tokens, patches = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    difficulty = np.ones(size, np.float32)
-    images = resized = empty = 0
-    for i in range(size):
-        try:
-            example = part.source[i]
-            layout = lay_out(example, tokenizer, part.policy)
-        except BadImageError as error:
-            bad.add(label + part.source.id(i), str(error))
-            continue
-        empty += not example.segments
-        difficulty[i] = example.info.get("difficulty", len(layout.tokens))
-        tokens[i], patches[i] = len(layout.tokens), layout.num_patches
-        images += len(layout.grids)
-        resized += layout.resized
-    return Lengths(tokens, patches, difficulty, images, resized, empty)
+    outline = read_outline(
+        part.source, tokenizer, lambda i, reason: bad.add(label + part.source.id(i), reason)
+    )
+    tokens, patches, resized = static_lengths(outline, part.policy)
+    for index in np.flatnonzero(outline.varies):
+        layout = lay_out(part.source[int(index)], tokenizer, part.policy)
+        tokens[index], patches[index] = len(layout.tokens), layout.num_patches
+    silent = np.isnan(outline.difficulty)
+    difficulty = np.where(silent, tokens, outline.difficulty).astype(np.float32)
+    # Without a token of its own an example has no text, without patches no image.
+    empty = int(((tokens == 0) & (outline.text_tokens == 0)).sum())
+    return Lengths(tokens, patches, difficulty, len(outline.sizes), resized, empty, outline)
 
 
-def measure_visit(mixture: Mixture, part: int, tokenizer: Tokenizer, visit: Visit):
+def measure_visit(
+    part: Part, lengths: Lengths, tokenizer: Tokenizer, visit: Visit
+) -> tuple[int, int]:
     """(tokens, patches) of an example whose lengths depend on when it is met."""
-    where = mixture.parts[part]
-    layout = lay_out(where.source[visit.index], tokenizer, where.policy, visit=visit)
-    return len(layout.tokens), layout.num_patches
+    if lengths.outline.varies[visit.index]:
+        layout = lay_out(part.source[visit.index], tokenizer, part.policy, visit=visit)
+        return len(layout.tokens), layout.num_patches
+    return visit_lengths(lengths.outline, part.policy, visit)

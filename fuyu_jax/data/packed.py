@@ -175,7 +175,7 @@ class PackedData:
                 ordered = True
                 for d in here[tokens[here] > 0]:
                     visit = visit_of(self.mixture, draws, int(d), epoch, self.seed)
-                    tokens[d], patches[d] = measure_visit(self.mixture, k, self.tokenizer, visit)
+                    tokens[d], patches[d] = measure_visit(part, lengths, self.tokenizer, visit)
         usable = np.flatnonzero(tokens)
         plan = make_plan(
             tokens[usable],

@@ -144,9 +144,13 @@ class TokenDrop:
         total = 1 / _BETA_SHARE - 1
         return float(rng.beta(mean * total, (1 - mean) * total))
 
+    def kept(self, patches: int, rate: Number) -> int:
+        """How many patches of an image stay: at least one."""
+        return max(1, round(patches * (1 - rate)))
+
     def keep(self, patches: int, rate: Number, rng: np.random.Generator) -> Int64[np.ndarray, "K"]:
         """Which patches of an image stay, ascending; the first always: it marks a new image."""
-        others = max(0, round(patches * (1 - rate)) - 1)
+        others = self.kept(patches, rate) - 1
         chosen = 1 + rng.choice(patches - 1, others, replace=False) if others else []
         return np.concatenate([[0], np.sort(chosen)]).astype(np.int64)
 
