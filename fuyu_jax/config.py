@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -40,6 +41,12 @@ class ModelConfig:
     tie_embeddings: bool = False
     rotary_fraction: float = 0.5
     rotary_base: float = 25_000.0
+    # Stretched positions: "linear" divides all frequencies by the factor, "llama3" the low ones.
+    rotary_scaling: Literal["none", "linear", "llama3"] = "none"
+    rotary_factor: float = 1.0
+    rotary_low_freq: float = 1.0  # llama3: wavelengths above original length / this are divided,
+    rotary_high_freq: float = 4.0  # those below original length / this are not
+    rotary_original_length: int = 8192  # llama3: positions before the stretching
     image_attention: Literal["causal", "bidirectional"] = "causal"
     # Fuyu's images have one-dimensional positions alone; "fourier" adds row and column to a patch.
     image_positions: Literal["none", "fourier"] = "none"
@@ -68,16 +75,88 @@ class ModelConfig:
         return self.patch_size**2 * 3
 
 
+# Unrelated images differ in about 32 of 64 bits; past 16 the bands of the search are of three
+# bits, so that it compares almost everything with everything.
+MAX_DISTANCE = 16
+
+
+@dataclass(frozen=True)
+class CleaningConfig:
+    """Which examples to leave out. All is off but for images whose header cannot be read."""
+
+    min_image_side: int = 0  # pixels of the shorter side, of every image; 0: off
+    max_aspect_ratio: float = 0.0  # longer over shorter side, of every image; 0: off
+    min_text_chars: int = 0  # of all texts of an example, without the blanks around each; 0: off
+    max_text_chars: int = 0  # of the same; 0: off
+    # "header": what cannot be opened. "decode": also what breaks later, so every image is decoded.
+    drop_unreadable: Literal["header", "decode"] = "header"
+    drop_exact_duplicates: bool = False  # the same texts and the same decoded pixels
+    # Bits of 64 in which perceptual hashes may differ; -1: off. Texts may differ: of several
+    # questions about one image, in records of their own, the first alone stays.
+    near_duplicate_distance: int = -1
+
+    @property
+    def on(self) -> bool:
+        """Whether it asks for more than a run does without it."""
+        return self != CleaningConfig()
+
+    def check(self, prefix: str = "") -> None:
+        """Looks for values that mean nothing.
+
+        Raises:
+          UserError: names the field (with `prefix` in front), its value and what it may be.
+        """
+        for name in ("min_image_side", "min_text_chars", "max_text_chars"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"{prefix}{name}={getattr(self, name)}: give 1 or more, or 0 for off"
+                )
+        ratio = self.max_aspect_ratio
+        if ratio != 0 and not (math.isfinite(ratio) and ratio >= 1):
+            raise UserError(
+                f"{prefix}max_aspect_ratio={ratio}: longer over shorter side is 1 or more; 0 for "
+                "off"
+            )
+        if 0 < self.max_text_chars < self.min_text_chars:
+            raise UserError(
+                f"{prefix}max_text_chars={self.max_text_chars} is less than "
+                f"min_text_chars={self.min_text_chars}: no text would stay"
+            )
+        if self.drop_unreadable not in ("header", "decode"):
+            raise UserError(
+                f'{prefix}drop_unreadable={self.drop_unreadable!r}: give "header" or "decode"'
+            )
+        if not -1 <= self.near_duplicate_distance <= MAX_DISTANCE:
+            raise UserError(
+                f"{prefix}near_duplicate_distance={self.near_duplicate_distance}: give 0 to "
+                f"{MAX_DISTANCE} bits, or -1 for off"
+            )
+
+
+@dataclass(frozen=True)
+class ColumnsConfig:
+    """Columns of parquet files; "": found by name. Naming one of texts leaves the others out."""
+
+    image: str = ""
+    conversations: str = ""
+    texts: str = ""
+    question: str = ""
+    answer: str = ""
+    caption: str = ""
+    id: str = ""
+
+
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of a mixture: what it is, where its splits are, and its share.
 
-    Paths may be globs and `{000..012}` patterns, except for llava, and for tfds, where they are
-    `DIRECTORY:SPLIT`. Fields that are None are those of `DataConfig`.
+    Paths may be globs and `{000..012}` patterns, except for llava, for tfds, where they are
+    `DIRECTORY:SPLIT`, and for array_record, where they are the folder of a prepared set. Fields
+    that are None are those of `DataConfig`.
     """
 
     name: str
-    kind: Literal["llava", "webdataset", "parquet", "interleaved", "text", "tfds"]
+    kind: Literal["llava", "webdataset", "parquet", "interleaved", "text", "tfds", "array_record"]
     train: str
     validation: str = ""
     test: str = ""
@@ -86,6 +165,8 @@ class SourceConfig:
     prompt: str = ""  # webdataset, parquet: asked where a record has a caption alone
     max_images: int = 0  # interleaved: documents are cut into examples of so many; 0: whole
     max_chars: int = 0  # interleaved, text: and of so many characters
+    columns: ColumnsConfig = ColumnsConfig()  # parquet
+    text_field: str = "text"  # text: which field of a line holds it
     resolution: Literal["native", "patches", "sampled"] | None = None
     max_image_height: int | None = None
     max_image_width: int | None = None
@@ -93,6 +174,7 @@ class SourceConfig:
     min_image_side: int | None = None
     max_image_side: int | None = None
     token_drop: tuple[tuple[float, float], ...] | None = None
+    cleaning: CleaningConfig | None = None  # as a whole: a rule that is not named is off
 
 
 @dataclass(frozen=True)
@@ -127,6 +209,7 @@ class DataConfig:
     # Training stops when more images than both allow are missing or broken.
     max_bad_examples: int = 10
     max_bad_share: float = 0.001  # of all examples
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)  # of the training split
     balance_patches: bool = False  # rows of a global batch have about equally many patches
     prefetch_rows: int = 16
     threads: int = 1
@@ -246,7 +329,9 @@ def _replace_one(config: Any, name: str, path: list[str], value: Any) -> Any:
     here = path[0]
     if here not in hints:
         root = name[: len(name) - len(".".join(path))]
-        known = {k: k for k in hints} | {k.split(".")[-1]: k for k in flatten(config)}
+        # Of several groups that have the name, the outer one.
+        deep_first = sorted(flatten(config), key=lambda k: -k.count("."))
+        known = {k: k for k in hints} | {k.split(".")[-1]: k for k in deep_first}
         # A right name in the wrong group ("peak_lr" for "optim.peak_lr") is told too.
         hint = nearest(here, known)
         for short, full in known.items():
@@ -258,6 +343,8 @@ def _replace_one(config: Any, name: str, path: list[str], value: Any) -> Any:
             raise UserError(f'unknown config key "{name}": "{here}" is a value, not a group')
         return dataclasses.replace(config, **{here: _replace_one(current, name, path[1:], value)})
     if dataclasses.is_dataclass(current):
+        if isinstance(value, dict):
+            return dataclasses.replace(config, **{here: _group(current, name, value)})
         inner = ", ".join(f"{name}.{k}" for k in list(flatten(current))[:3])
         raise UserError(f'config key "{name}" is a group; set a field of it, such as {inner}')
     return dataclasses.replace(config, **{here: _typed(name, hints[here], value)})
@@ -274,6 +361,8 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         return value
     if hint == tuple[SourceConfig, ...]:
         return _sources(name, value)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _group(hint(), name, value)
     if type(None) in typing.get_args(hint):
         (inner,) = (a for a in typing.get_args(hint) if a is not type(None))
         return None if value is None else _typed(name, inner, value)
@@ -304,6 +393,15 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         return value
     except (ValueError, KeyError):
         raise UserError(f'config key "{name}": {value!r} is not of type {hint.__name__}') from None
+
+
+def _group(group: Any, name: str, value: Any) -> Any:
+    """A group with the fields that an object names replaced."""
+    if not isinstance(value, dict):
+        raise UserError(f'config key "{name}": {value!r} is not an object {{"field": value}}')
+    for key, one in value.items():
+        group = _replace_one(group, f"{name}.{key}", [key], one)
+    return group
 
 
 def _sources(name: str, value: Any) -> tuple[SourceConfig, ...]:

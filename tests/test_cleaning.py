@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -10,8 +11,9 @@ import pytest
 from conftest import write_llava
 from PIL import Image
 
-from fuyu_jax.data import cleaning
+from fuyu_jax.data import example
 from fuyu_jax.data.cleaning import RULES, CleanedSource, CleaningConfig, clean, near_matches
+from fuyu_jax.data.cleaning import __main__ as program
 from fuyu_jax.data.sources.base import Source
 from fuyu_jax.data.sources.llava import LlavaSource
 from fuyu_jax.errors import UserError
@@ -240,9 +242,9 @@ def test_near_duplicates_match_every_image_in_order(tmp_path):
 
 def test_files_of_the_same_bytes_are_decoded_once(mixed, monkeypatch):
     decoded = []
-    decode = cleaning.Image.decode
+    decode = example.Image.decode
     monkeypatch.setattr(
-        cleaning.Image, "decode", lambda self: decoded.append(self.name) or decode(self)
+        example.Image, "decode", lambda self: decoded.append(self.name) or decode(self)
     )
     run(mixed, drop_unreadable="decode")
     names = sorted(name.rpartition("/")[2] for name in decoded)
@@ -328,6 +330,11 @@ def test_a_cleaned_source_is_a_source_of_the_kept(mixed):
     assert [view[i] for i in range(3)] == [mixed[int(i)] for i in report.kept]
     with pytest.raises(IndexError):
         view[3]
+    told = CleanedSource(mixed, report.kept, report)
+    assert [id for id, _ in told.unreadable] == ["broken", "missing", "cut"]
+    assert told.settings["max_text_chars"] == 200
+    other = pickle.loads(pickle.dumps(told))  # as a worker process gets it
+    assert other[2] == view[2] and other.report is None
     assert list(view.texts()) == ["What is it?", "A picture of soft shapes."] * 3
     assert view.largest_side() == 128
     assert CleanedSource(mixed, report.kept[2:]).largest_side() == 1
@@ -442,11 +449,11 @@ def test_the_programs_flags_are_the_configs_fields(mixed, tmp_path, capsys):
     out = tmp_path / "bad.jsonl"
     base = [f"--llava={path}", f"--image_dir={tmp_path}", f"--out={out}"]
     for given in (["--drop_exact_duplicates"], ["--drop_exact_duplicates=true"]):
-        cleaning.main([*base, *given])
+        program.main([*base, *given])
         assert json.loads(capsys.readouterr().out)["counts"]["exact_duplicate"] == 2
-    cleaning.main([*base, "--drop_exact_duplicates=false"])
+    program.main([*base, "--drop_exact_duplicates=false"])
     assert json.loads(capsys.readouterr().out)["counts"]["exact_duplicate"] == 0
-    flags = {a.dest for a in cleaning._flags()._actions}
+    flags = {a.dest for a in program._flags()._actions}
     assert {f.name for f in dataclasses.fields(CleaningConfig)} <= flags
 
 
@@ -465,7 +472,7 @@ def test_the_programs_flags_are_the_configs_fields(mixed, tmp_path, capsys):
 def test_wrong_flags_are_told_in_one_line(mixed, tmp_path, flags, told):
     base = [f"--llava={mixed.path}", f"--out={tmp_path / 'bad.jsonl'}"]
     with pytest.raises(UserError) as error:
-        cleaning.main([*base, *flags])
+        program.main([*base, *flags])
     assert told in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "bad.jsonl").exists()

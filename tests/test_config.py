@@ -42,6 +42,11 @@ def test_overrides_take_the_type_of_their_field():
         ("progress", "perhaps", r"not of type bool"),
         ("model.dtype", "float16", r"float16. is unknown; did you mean .*float"),
         ("optim", "1", r'"optim" is a group'),
+        # Of two fields of one name the outer one is named.
+        ("min_image_side", "1", r'did you mean "data.min_image_side"'),
+        ("max_aspect_ratio", "1", r'did you mean "data.cleaning.max_aspect_ratio"'),
+        ("data.cleaning", "1", r'"data.cleaning" is a group'),
+        ("data.cleaning.drop_unreadable", "body", r"unknown; .*decode, header"),
         ("seed.x", "1", r'"seed" is a value'),
         ("optim.lr_multipliers", "patch:2", r"not a list such as"),
     ],

@@ -349,6 +349,21 @@ def test_an_examples_image_checks_its_size():
         open_image(b"no image", "photo 4")
 
 
+def test_bytes_without_a_name_are_told_by_their_number(tmp_path):
+    encoded = encode(Image.fromarray(noise(90, 90)))
+    with pytest.raises(BadImageError, match=r"^image of 8000 bytes: cannot be read") as caught:
+        open_image(b"\x00" * 8000)
+    assert len(str(caught.value)) < 200
+    assert open_image(encoded).name == f"of {len(encoded)} bytes"
+    with pytest.raises(BadImageError, match=r"^image of 9000 bytes: cannot be decoded") as caught:
+        ExampleImage(encoded[:9000], 90, 90).decode()
+    assert len(str(caught.value)) < 200
+    with pytest.raises(BadImageError, match=rf"^image of {len(encoded)} bytes: decodes to"):
+        ExampleImage(encoded, 90, 91).decode()
+    with pytest.raises(BadImageError, match=r"nowhere\.png: no such file"):
+        open_image(tmp_path / "nowhere.png")
+
+
 # --- Bombs ---
 
 

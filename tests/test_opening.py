@@ -1,5 +1,6 @@
 """Mixtures from a configuration: flags to sources, and a run on them."""
 
+import io
 import json
 import re
 
@@ -87,6 +88,57 @@ def test_the_report_counts_what_is_packed(parts, tiny_config, tmp_path):
         assert re.search(
             rf"^{name}: {examples} examples, {tokens} tokens \(.*\), {patches} patches$", text, re.M
         )
+
+
+@pytest.fixture
+def named_fields(tmp_path):
+    """Parquet and JSON Lines whose columns and fields are called otherwise; as sources."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    sink = io.BytesIO()
+    PilImage.new("RGB", (5, 4)).save(sink, "PNG")
+    cells = [{"photo": sink.getvalue(), "ask": "what?", "give": "grey", "caption": "no", "key": 7}]
+    parquet.write_table(pa.Table.from_pylist(cells), tmp_path / "x.parquet")
+    (tmp_path / "x.jsonl").write_text('{"body": "running text", "text": "no"}\n')
+    columns = {"image": "photo", "question": "ask", "answer": "give", "id": "key"}
+    return [
+        {"name": "p", "kind": "parquet", "train": f"{tmp_path}/x.parquet", "columns": columns},
+        {"name": "t", "kind": "text", "train": f"{tmp_path}/x.jsonl", "text_field": "body"},
+    ]
+
+
+def test_a_config_names_columns_and_fields(named_fields):
+    config = mixture(named_fields)
+    assert config_lib.from_json(config_lib.to_json(config)) == config
+    both = open_sources(config.data).open("train")
+    assert [both.id(i) for i in range(2)] == ["p/7", "t/x:1"]
+    image, ask, give = both[0].segments
+    assert (image.height, image.width) == (4, 5)
+    assert (ask.text, give.text) == ("what?", "grey")
+    assert [s.text for s in both[1].segments] == ["running text"]
+    assert list(both.texts()) == ["what?", "grey", "running text"]
+
+
+@pytest.mark.parametrize(
+    "at, change, message",
+    [
+        (0, {"columns": {"image": "foto"}}, r'x\.parquet: no column "foto".*mean "photo"\?$'),
+        (0, {"columns": {"questoin": "ask"}}, r'columns\.questoin"; did you mean ".*columns\.que'),
+        (0, {"columns": {"caption": 3}}, r"columns\.caption.: 3 is not of type str"),
+        (0, {"columns": "photo"}, r"\[0\]\.columns. is a group"),
+        (0, {"columns": {"question": "ask"}}, "columns together"),
+        (0, {"text_field": "body"}, r'source "p": text_field is of text, not of parquet$'),
+        (1, {"text_field": "bdy"}, r'x\.jsonl, line 1: no text "bdy"; did you mean "body"\?$'),
+        (1, {"columns": {"id": "key"}}, r'source "t": columns are of parquet, not of text$'),
+        (1, {"cleaning": 3}, r"\[1\]\.cleaning.: 3 is not an object"),
+        (1, {"cleaning": {"min_chars": 3}}, r"did you mean .*\[1\]\.cleaning\.m.._text_chars"),
+    ],
+)
+def test_wrong_columns_and_fields_are_one_line(named_fields, at, change, message):
+    named_fields[at] |= change
+    with pytest.raises(UserError, match=message) as caught:
+        list(open_sources(mixture(named_fields).data).open("train").texts())
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

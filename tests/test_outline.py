@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from fuyu_jax.data.cleaning import CleanedSource
 from fuyu_jax.data.example import BadImageError, Example, Image, Text
 from fuyu_jax.data.layout import LayoutPolicy, Visit, lay_out
 from fuyu_jax.data.lengths import BadExamples, measure, measure_visit
 from fuyu_jax.data.mixture import Part
-from fuyu_jax.data.outline import Outline
+from fuyu_jax.data.outline import Outline, Outliner
 from fuyu_jax.data.resolution import Resolution, TokenDrop
 
 
@@ -99,3 +100,31 @@ def test_a_source_with_an_outline_is_not_read(tokenizer):
     lengths = measure(Part("a", Known(2), 1.0, LayoutPolicy(8)), tokenizer, BadExamples(0))
     # 16 × 17 pixels: 2 rows of 3 patches and a newline.
     assert lengths.tokens.tolist() == [5 + 8, 9] and lengths.patches.tolist() == [6, 0]
+
+
+def test_some_of_an_outline_are_the_outline_of_some(tokenizer):
+    source, chosen = Listed(30), [20, 3, 8, 4, 29]
+    outliner, whole = Outliner(tokenizer), Outliner(tokenizer)
+    for example in source.examples:
+        whole.add(example)
+    for i in chosen:
+        outliner.add(source.examples[i])
+    found = whole.done().take(np.asarray(chosen, np.int64))
+    for a, b in zip(vars(found).values(), vars(outliner.done()).values(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_cleaned_source_hands_its_outline_on(tokenizer):
+    class Known(Listed):
+        def outline(self, given):
+            outliner = Outliner(given)
+            for example in self.examples:
+                outliner.add(example)
+            return outliner.done()
+
+    source = Known(12)
+    cleaned = CleanedSource(source, np.asarray([2, 8, 11], np.int64))
+    assert cleaned.outline(tokenizer).text_tokens.tolist() == [
+        source.outline(tokenizer).text_tokens[i] for i in (2, 8, 11)
+    ]
+    assert CleanedSource(Listed(3), np.asarray([1], np.int64)).outline(tokenizer) is None

@@ -73,7 +73,8 @@ def test_long_texts_are_split_and_counted(tmp_path):
     [
         ("{", "not JSON"),
         ("[1]", "JSON, but no object"),
-        ('{"txt": "x"}', 'no text "text"'),
+        ('{"txt": "x"}', r'no text "text"; did you mean "txt"\?$'),
+        ('{"n": 3}', r'no text "text"; give \{"text": "\.\.\."\}$'),
         ('{"text": 3}', 'no text "text"'),
         ('{"text": "\udcff"}', "not JSON"),
     ],

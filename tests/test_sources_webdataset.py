@@ -164,6 +164,26 @@ def test_a_folder_that_cannot_be_written_needs_no_index(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["s.tar"]
 
 
+def test_indices_may_go_to_a_folder_of_their_own(tmp_path, monkeypatch):
+    tars = []
+    for name, text in (("one", b"of one"), ("two", b"of two")):
+        (tmp_path / name).mkdir()
+        tars.append(write_tar(tmp_path / name / "s.tar", [("a.txt", text)]))
+    folder = tmp_path / "cache" / "indices"
+    assert len(WebDatasetSource(tars[0], index_dir=folder)) == 1
+    monkeypatch.setenv("FUYU_JAX_INDEX_DIR", str(folder))
+    source = WebDatasetSource(tars)
+    assert [shape(source[i])[0][0] for i in range(2)] == ["of one", "of two"]
+    # Two tars of one name, two indices, and none beside them.
+    assert len(list(folder.glob("s.tar.*.index.json"))) == 2
+    assert [p.name for p in sorted(tmp_path.glob("*/s.*"))] == ["s.tar", "s.tar"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", None)  # read again, it would fail
+        assert len(WebDatasetSource(tars)) == 2
+    (tmp_path / "file").write_text("")  # no folder can be made there
+    assert len(WebDatasetSource(tars, index_dir=tmp_path / "file" / "x")) == 2
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [

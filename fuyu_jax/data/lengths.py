@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from fuyu_jax.config import DataConfig
 from fuyu_jax.data.layout import Visit, lay_out
 from fuyu_jax.data.mixture import Part
 from fuyu_jax.data.outline import Outline, read_outline, static_lengths, visit_lengths
@@ -21,13 +22,21 @@ class BadExamples:
     Args:
       limit: how many may fail.
       path: a JSON Lines file that each is added to, if one is wanted.
+      quiet: count, but print nothing.
     """
 
-    def __init__(self, limit: int, path: Path | None = None):
+    def __init__(self, limit: int, path: Path | None = None, quiet: bool = False):
         self.limit = limit
         self.path = path
+        self.quiet = quiet
         self.reasons: dict[str, str] = {}
         self._lock = threading.Lock()
+
+    @classmethod
+    def under(cls, config: DataConfig, total: int, *, quiet: bool = False) -> "BadExamples":
+        """With the limit that a run sets for so many examples."""
+        limit = max(config.max_bad_examples, int(config.max_bad_share * total))
+        return cls(limit, quiet=quiet)
 
     def add(self, id: str, reason: str) -> None:
         """Notes a bad example.
@@ -38,7 +47,8 @@ class BadExamples:
         with self._lock:
             if id not in self.reasons:
                 self.reasons[id] = reason
-                print(f"skipped example {id}: {reason}", flush=True)
+                if not self.quiet:
+                    print(f"skipped example {id}: {reason}", flush=True)
                 self._write({id: reason})
             if len(self.reasons) > self.limit:
                 raise TrainingStoppedError(

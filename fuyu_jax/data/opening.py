@@ -8,9 +8,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fuyu_jax.config import DataConfig, ModelConfig, SourceConfig
+from fuyu_jax.config import ColumnsConfig, DataConfig, ModelConfig, SourceConfig
 from fuyu_jax.data import demo
+from fuyu_jax.data.cleaned import Cleaned, Uncleaned, as_line, clean_all, keep_cleaned
+from fuyu_jax.data.cleaning import CleanedSource
 from fuyu_jax.data.example import Example
 from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.data.mixture import Mixture, Part
@@ -24,9 +27,11 @@ from fuyu_jax.data.sources import (
     TfdsSource,
     WebDatasetSource,
 )
+from fuyu_jax.data.sources.array_record import ArrayRecordSource
 from fuyu_jax.data.sources.common import largest_side
 from fuyu_jax.errors import UserError, nearest
 from fuyu_jax.tokenizer import Tokenizer, train_sentencepiece
+from fuyu_jax.vocabulary import CONFIG_FILE
 
 TOKENIZER_FILE = "tokenizer.model"
 SPLITS = ("train", "validation", "test")
@@ -34,10 +39,14 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Sources:
-    """Splits by name, opened when asked for."""
+    """Splits by name, opened when asked for.
+
+    cleaned: what the rules of `data.cleaning` found in each source of the training split.
+    """
 
     config: DataConfig
     demo_dir: Path | None = None
+    cleaned: tuple[Cleaned, ...] = ()
 
     @property
     def _parts(self) -> tuple[SourceConfig, ...]:
@@ -58,7 +67,7 @@ class Sources:
         given = {split for part in self._parts for split in SPLITS if _path(part, split)}
         return tuple(split for split in SPLITS if split in given)
 
-    def _open(self, split: str) -> list[tuple[SourceConfig | None, Source]]:
+    def _open_raw(self, split: str) -> list[tuple[SourceConfig | None, Source]]:
         if split not in self.splits:
             raise UserError(f'split "{split}" is not there{nearest(split, self.splits)}')
         if self.demo_dir is not None:
@@ -68,6 +77,49 @@ class Sources:
             missing = next(p.name for p in self._parts if not p.train)
             raise UserError(f'source "{missing}" has no "train"')
         return [(part, open_source(part, split)) for part in parts]
+
+    def _open(self, split: str) -> list[tuple[SourceConfig | None, Source]]:
+        opened = self._open_raw(split)
+        if split != "train" or not self.cleaned:
+            return opened
+        return [
+            (part, CleanedSource(source, found.report.kept, found.report))
+            if found.report
+            else (part, source)
+            for (part, source), found in zip(opened, self.cleaned, strict=True)
+        ]
+
+    def clean(self, folder: Path, *, progress: bool = True) -> "Sources":
+        """These sources, of whose training split the rules of `data.cleaning` have left out some.
+
+        Where all rules are off nothing is opened. What `folder` remembers of the same rules and
+        sources (`keep_cleaning`) is not looked for again.
+
+        Raises:
+          UserError, TrainingStoppedError: as `open`; as `clean_all`.
+        """
+        parts = self._parts if self.demo_dir is None else (None,)
+        if not any(_own(self.config, part).cleaning.on for part in parts):
+            return self
+        uncleaned = [
+            Uncleaned(
+                part.name if part else self.config.source,
+                source,
+                _own(self.config, part).cleaning,
+                _content(part) if part else str(self.demo_dir),
+            )
+            for part, source in self._open_raw("train")
+        ]
+        found = clean_all(uncleaned, self.config, folder, progress=progress)
+        return dataclasses.replace(self, cleaned=found)
+
+    def keep_cleaning(self, folder: Path) -> None:
+        """Writes what `clean` left out, and what it needs to remember, into a folder."""
+        keep_cleaned(self.cleaned, folder)
+
+    def cleaning_line(self) -> str:
+        """How many examples each rule left out; "" where all rules are off."""
+        return as_line(self.cleaned)
 
     def open(self, split: str) -> Source:
         """The source of a split; of several sources, one after the other.
@@ -108,6 +160,13 @@ def _own(config: DataConfig, part: SourceConfig | None) -> DataConfig:
     return dataclasses.replace(config, **{k: v for k, v in mine.items() if v is not None})
 
 
+def _content(part: SourceConfig) -> dict[str, Any]:
+    """What decides a source's training examples, and neither their sizes nor their share."""
+    other = {f.name for f in dataclasses.fields(DataConfig)} - {"image_dir"}
+    other |= {"name", "weight", "validation", "test"}
+    return {k: v for k, v in dataclasses.asdict(part).items() if k not in other}
+
+
 def open_source(part: SourceConfig, split: str) -> Source:
     """One source of a mixture.
 
@@ -115,16 +174,22 @@ def open_source(part: SourceConfig, split: str) -> Source:
       UserError: a file that is missing or not what it is said to be.
     """
     path = _path(part, split)
+    if part.kind != "parquet" and part.columns != ColumnsConfig():
+        raise UserError(f'source "{part.name}": columns are of parquet, not of {part.kind}')
+    if part.kind != "text" and part.text_field != "text":
+        raise UserError(f'source "{part.name}": text_field is of text, not of {part.kind}')
     if part.kind == "llava":
         return LlavaSource(path, part.image_dir)
     if part.kind == "webdataset":
         return WebDatasetSource(path, part.prompt)
     if part.kind == "parquet":
-        return ParquetSource(path, prompt=part.prompt)
+        return ParquetSource(path, prompt=part.prompt, **dataclasses.asdict(part.columns))
     if part.kind == "interleaved":
         return InterleavedSource(path, part.image_dir, part.max_images, part.max_chars)
+    if part.kind == "array_record":
+        return ArrayRecordSource(path)
     if part.kind == "text":
-        return JsonlTextSource(path, part.max_chars)
+        return JsonlTextSource(path, part.max_chars, part.text_field)
     # A split may have colons of its own: train[:10%].
     found = re.fullmatch(r"(.+?):(\w+(?:\[.*\])?)", path)
     if not found:
@@ -193,6 +258,9 @@ def open_tokenizer(sources: Sources, workdir: Path) -> Tokenizer:
         config = sources.config
         if config.tokenizer:
             given = Tokenizer(Path(config.tokenizer).expanduser()).path  # checked before it is kept
+            beside = given.with_name(CONFIG_FILE)  # says what ends a text
+            if beside.is_file():
+                _copy(beside, kept.with_name(CONFIG_FILE))
             _copy(given, kept)
         elif sources.demo_dir is not None:
             _copy(sources.demo_dir / demo.TOKENIZER_FILE, kept)

@@ -44,6 +44,20 @@ class Outline:
         """Sizes of an example's images."""
         return self.sizes[self.starts[index] : self.starts[index + 1]]
 
+    def take(self, indices: Int64[np.ndarray, "K"]) -> "Outline":
+        """Of some of the examples, in the given order."""
+        counts = np.diff(self.starts)[indices]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        # Image j of the result is so many behind the first of its example.
+        within = np.arange(starts[-1]) - np.repeat(starts[:-1], counts)
+        return Outline(
+            self.text_tokens[indices],
+            self.varies[indices],
+            starts.astype(np.int64),
+            self.sizes[np.repeat(self.starts[:-1][indices], counts) + within],
+            self.difficulty[indices],
+        )
+
 
 class Outliner:
     """Makes an outline, example by example."""

@@ -1,7 +1,8 @@
 """What a configuration's data comes to: `python -m fuyu_jax.data.report --config=FILE [--out=DIR]`.
 
 Plans the first epoch and writes `report.txt` and `report.png`: lengths, padding, examples a row,
-tokens by source, and a strip of packed rows. Nothing is decoded but what the strip shows.
+tokens by source, what cleaning left out, and a strip of packed rows. Nothing is decoded but what
+the strip shows and cleaning needs.
 """
 
 import dataclasses
@@ -138,14 +139,17 @@ def report(run: TrainConfig, out: Path) -> str:
     Raises:
       UserError: bad input, as training would find it.
     """
-    sources = open_sources(run.data)
     out.mkdir(parents=True, exist_ok=True)
+    sources = open_sources(run.data).clean(out, progress=run.progress)
     tokenizer = open_tokenizer(sources, out)
     mixture = sources.open_mixture("train", run.model, run.seed)
     policy = LayoutPolicy.of(run.model, run.data)
     data = PackedData(mixture, tokenizer, policy, run.data, run.seed)
     found = figures(data)
     text = as_text(data, found)
+    if line := sources.cleaning_line():
+        sources.keep_cleaning(out)
+        text += line + "\n"
     draw(data, found, out / "report.png")
     (out / "report.txt").write_text(text)
     return text

@@ -77,6 +77,7 @@ class Trainer:
         with tempfile.TemporaryDirectory() as scratch:
             # The work folder is touched only when all input has been found good.
             place = self.workdir if known else Path(scratch)
+            self.sources = self.sources.clean(place, progress=config.progress)
             self.tokenizer = open_tokenizer(self.sources, place)
             self.data = PackedData(
                 self.sources.open_mixture("train", config.model, config.seed),
@@ -97,6 +98,7 @@ class Trainer:
                 kept = self.workdir / TOKENIZER_FILE
                 shutil.copyfile(self.tokenizer.path, kept)
                 self.tokenizer.path = kept
+            self.sources.keep_cleaning(self.workdir)
             self.data.save_plan(self.workdir)
             self.data.bad.keep_in(self.workdir / "bad_examples.jsonl")
         tx = make_optimizer(config.optim, self.state.params, config.num_steps)
@@ -154,13 +156,15 @@ class Trainer:
         """The run in a few lines."""
         device = jax.devices()[0]
         axes = ", ".join(f"{k}={v}" for k, v in self.mesh.shape.items())
+        cleaning = self.sources.cleaning_line()
+        last = f"\n{cleaning}" if cleaning else ""
         return (
             f"{self.config.name}: {self.parameters:,} parameters, vocabulary "
             f"{self.tokenizer.vocab_size}, attention {self.backend}, "
             f"compute {self.config.model.dtype}\n"
             f"devices: {jax.device_count()} {device.platform} ({axes}); "
             f"work folder {self.workdir}\n"
-            f"data: {self.data.report()}"
+            f"data: {self.data.report()}{last}"
         )
 
     def resume(self) -> int | None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from fuyu_jax.data.sources import common
 from fuyu_jax.data.sources.jsonl import DocumentSource, Piece
-from fuyu_jax.errors import UserError
+from fuyu_jax.errors import UserError, nearest
 
 
 class JsonlTextSource(DocumentSource):
@@ -26,5 +26,7 @@ class JsonlTextSource(DocumentSource):
     def pieces(self, record: dict[str, Any], where: str) -> list[Piece]:
         text = record.get(self.field)
         if not isinstance(text, str):
-            raise UserError(f'{where}: no text "{self.field}"; give {{"{self.field}": "..."}}')
+            texts = [name for name, value in record.items() if isinstance(value, str)]
+            hint = nearest(self.field, texts) if texts else f'; give {{"{self.field}": "..."}}'
+            raise UserError(f'{where}: no text "{self.field}"{hint}')
         return [text] if text else []

@@ -9,6 +9,7 @@ A key is a member's name up to the first dot of its last part; what follows says
 A caption is an answer; without any image the text is learnt as plain text. All else is passed over.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ IMAGE_SUFFIXES = frozenset(
 )
 _TEXT_FIELDS = ("conversations", "question", "caption", "text")
 _VERSION = 1
+INDEX_DIR = "FUYU_JAX_INDEX_DIR"  # an environment variable
 
 Member = tuple[str, int, int]  # what follows the key, offset and length of the contents
 Samples = list[tuple[str, list[Member]]]
@@ -35,8 +37,9 @@ class WebDatasetSource:
     """Samples of WebDataset tars, by random access.
 
     Tars are indexed once: the index is kept beside each as `<tar>.index.json` where the folder can
-    be written, and made anew when the tar's size or time has changed. It takes about half a
-    kilobyte of memory a sample. No file stays open, so a source can be pickled and outlives a fork.
+    be written (or in `index_dir`), and made anew when the tar's size or time has changed. It takes
+    about half a kilobyte of memory a sample. No file stays open, so a source can be pickled and
+    outlives a fork.
 
     A key that comes again in another tar gets `#2`, `#3`, ... as its id (`repeated_ids` of them).
     Samples without any text are left out (`without_text` of them), those without image are kept
@@ -45,19 +48,22 @@ class WebDatasetSource:
     Args:
       shards: path, `shard-{000..012}.tar`, glob, or a list of these.
       prompt: asked before captions.
+      index_dir: a folder for indices, made where it is not there; if empty, that of the
+        environment's FUYU_JAX_INDEX_DIR, or else each tar's own. One beside its tar is used still.
 
     Raises:
       UserError: missing, compressed or broken tar; a member given twice; nothing to read.
     """
 
-    def __init__(self, shards: common.Patterns, prompt: str = ""):
+    def __init__(self, shards: common.Patterns, prompt: str = "", index_dir: str | Path = ""):
         self.paths = common.expand(shards, "WebDataset tars")
         self.prompt = prompt
+        folder = index_dir or os.environ.get(INDEX_DIR, "")
         self._samples: list[tuple[int, list[Member]]] = []
         self.without_text = self.without_image = 0
         keys = []
         for shard, path in enumerate(self.paths):
-            for key, members in _index(path):
+            for key, members in _index(path, folder):
                 if not any(_kind(name) in ("json", "txt") for name, *_ in members):
                     self.without_text += any(_kind(name) == "image" for name, *_ in members)
                     continue
@@ -161,17 +167,21 @@ def _natural(name: str) -> list[tuple[int, str]]:
 # --- The index of a tar ---
 
 
-def _index(path: Path) -> Samples:
-    """Keys of a tar with their members, from the file beside it or from the tar itself."""
+def _index(path: Path, folder: str | Path = "") -> Samples:
+    """Keys of a tar with their members, from an index in `folder` or beside it, or from itself."""
     state = path.stat()
-    kept = path.with_name(path.name + ".index.json")
+    beside = kept = path.with_name(path.name + ".index.json")
+    if folder:  # tars of one name in several folders are told apart
+        where = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
+        kept = Path(folder).expanduser() / f"{path.name}.{where}.index.json"
     stamp = {"version": _VERSION, "size": state.st_size, "mtime_ns": state.st_mtime_ns}
-    try:
-        found = json.loads(kept.read_bytes())
-        if {name: found[name] for name in stamp} == stamp:
-            return [(key, [(n, o, c) for n, o, c in members]) for key, members in found["samples"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or not ours
+    for place in dict.fromkeys((kept, beside)):
+        try:
+            found = json.loads(place.read_bytes())
+            if {name: found[name] for name in stamp} == stamp:
+                return [(k, [(n, o, c) for n, o, c in members]) for k, members in found["samples"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # none yet, or not ours
     samples = _read_tar(path, state.st_size)
     _keep(kept, json.dumps({**stamp, "samples": samples}, separators=(",", ":")))
     return samples
@@ -213,6 +223,7 @@ def _compressed(path: Path) -> bool:
 def _keep(path: Path, text: str) -> None:
     """Writes an index whole or not at all; where it cannot be written, it is done without."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     except OSError:
         return
