@@ -83,8 +83,15 @@ def patchify(
     cells = out.reshape(rows, columns, p, p, 3)
     # Whole patches go over in one copy, without a padded image between; then the edges.
     r, c = grid.height // p, grid.width // p
-    cells[:r, :c] = pixels[: r * p, : c * p].reshape(r, p, c, p, 3).swapaxes(1, 2)
     h, w = grid.height - r * p, grid.width - c * p
+    if r and c:
+        if not pixels.flags.c_contiguous:
+            pixels = np.ascontiguousarray(pixels)
+        # One item is a patch's line of pixels: copied whole, not number by number.
+        line = np.dtype((np.void, p * 3))
+        stride = grid.width * 3
+        lines = np.ndarray((r, c, p), line, pixels.data, strides=(p * stride, p * 3, stride))
+        out.view(line).reshape(rows, columns, p)[:r, :c] = lines
     if w:
         cells[:r, c, :, :w] = pixels[: r * p, c * p :].reshape(r, p, w, 3)
         cells[:, c, :, w:] = pad_value
@@ -107,9 +114,10 @@ def unpatchify(
 
 def patch_coordinates(grid: Grid) -> Int32[np.ndarray, "patches 2"]:
     """Row and column of every patch in its image."""
-    return np.stack(
-        np.divmod(np.arange(grid.patches, dtype=np.int32), np.int32(grid.columns)), axis=-1
-    )
+    both = np.empty((grid.rows, grid.columns, 2), np.int32)
+    both[..., 0] = np.arange(grid.rows)[:, None]
+    both[..., 1] = np.arange(grid.columns)
+    return both.reshape(-1, 2)
 
 
 def normalise(patches: UInt8[np.ndarray, "*any C"]) -> Float32[np.ndarray, "*any C"]:

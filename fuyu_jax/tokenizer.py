@@ -1,18 +1,21 @@
-"""Text and boxes to token ids and back, over a sentencepiece model with Fuyu's special tokens.
+"""Text and boxes to token ids and back, over a vocabulary with Fuyu's special tokens.
 
-The special pieces have the names of Fuyu-8B's vocabulary, so its own `tokenizer.model` works as
-one trained here does: `|SPEAKER|` stands where a patch goes, `|NEWLINE|` ends a row of patches,
-`<0x04>` begins an answer, `|ENDOFTEXT|` ends it, `<0x00>`..`<0x03>` enclose a box and a point.
+The special pieces have the names of Fuyu-8B's vocabulary, so its own `tokenizer.model` or
+`tokenizer.json` works as one trained here does: `|SPEAKER|` stands where a patch goes, `|NEWLINE|`
+ends a row of patches, `<0x04>` begins an answer, `|ENDOFTEXT|` ends it, `<0x00>`..`<0x03>` enclose
+a box and a point. A language model's vocabulary gets them by `fuyu_jax.tokenizer_extend`.
 """
 
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import sentencepiece as spm
 
 from fuyu_jax.errors import UserError
+from fuyu_jax.vocabulary import open_vocabulary
 
 IMAGE_PIECE = "|SPEAKER|"
 NEWLINE_PIECE = "|NEWLINE|"
@@ -21,13 +24,19 @@ BOS_PIECE = "<s>"
 ANSWER_PIECE = "<0x04>"
 BOX_PIECES = ("<0x00>", "<0x01>")
 POINT_PIECES = ("<0x02>", "<0x03>")
+PAD_PIECE = "<pad>"
+# A coordinate's piece: Fuyu's is its digits. One that a language model's vocabulary was extended by
+# has marks around it, so that no number in a text becomes another token than before.
+COORDINATE_PIECES = ("<|{}|>", "{}")
 # Fuyu shrinks images to 1080 x 1920; half of the longer side is the largest coordinate.
 MAX_COORDINATE = 960
 
+_LARGEST_NUMBER = 1e6
 _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _MARKUP = re.compile(
     rf"<box>{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}</box>|<point>{_NUMBER},{_NUMBER}</point>"
 )
+_SURROGATE = re.compile("[\ud800-\udfff]")  # what is not a character
 _CONTROL = re.compile("[\x00-\x04]")  # as bytes they would be Fuyu's box and answer marks
 
 
@@ -41,46 +50,71 @@ def token_value_to_coordinate(value: int, scale: int | float) -> int:
     return 2 * int(value / scale)
 
 
+class Location(NamedTuple):
+    """A box (top, left, bottom, right) or a point (x, y), in pixels of the original image.
+
+    start, stop: the tokens that it was read from.
+    """
+
+    kind: str
+    values: tuple[int, ...]
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"<{self.kind}>{', '.join(map(str, self.values))}</{self.kind}>"
+
+
 class Tokenizer:
-    """A sentencepiece model with the special tokens above.
+    """A vocabulary with the special tokens above.
 
     Args:
-      path: a sentencepiece `.model` file.
+      path: a sentencepiece `.model` file, a `tokenizer.json`, or a folder with one of them.
+
+    pad_id, image_id, newline_id, eos_id, answer_id, box_ids, point_ids: special tokens. bos_id:
+    None where a language model has no `<s>`; then none is put into a layout. eos_id: `|ENDOFTEXT|`,
+    or what ends a text in the language model.
 
     Raises:
       UserError: the file is missing, unreadable, or lacks one of the special pieces.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UserError(f"tokenizer {self.path}: no such file; give a sentencepiece .model")
-        try:
-            self._sp = spm.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"tokenizer {self.path}: not a sentencepiece model ({error})") from None
-        self.vocab_size: int = self._sp.vocab_size()
-        self.pad_id = 0
+        self._vocabulary = open_vocabulary(path)
+        self.path = self._vocabulary.path
+        self.vocab_size: int = self._vocabulary.size
         self.image_id = self._special(IMAGE_PIECE)
         self.newline_id = self._special(NEWLINE_PIECE)
-        self.eos_id = self._special(EOS_PIECE)
-        self.bos_id = self._special(BOS_PIECE)
+        self.eos_id = self._special(EOS_PIECE, self._vocabulary.eos)
+        bos = self._vocabulary.find(BOS_PIECE)
+        self.bos_id = self._vocabulary.bos if bos is None else bos
+        self.pad_id = self._special(PAD_PIECE, self._vocabulary.pad, own_first=False)
         self.answer_id = self._special(ANSWER_PIECE)
         self.box_ids = tuple(self._special(p) for p in BOX_PIECES)
         self.point_ids = tuple(self._special(p) for p in POINT_PIECES)
-        self._coordinate_of = {}
+        self._marks = {self.image_id, self.newline_id, self.eos_id, self.answer_id}
+        self._marks |= {*self.box_ids, *self.point_ids}
+        if self.bos_id is not None:
+            self._marks.add(self.bos_id)
+        named = (re.escape(self.piece(t)) for t in sorted(self._marks))
+        self._first_of_mark = re.compile(rf"(?={'|'.join(named)})(.)", re.DOTALL)
+        marked, bare = COORDINATE_PIECES
+        self._marked = self._vocabulary.find(marked.format(0)) is not None
+        self._token_of: dict[int, int] = {}
         for n in range(MAX_COORDINATE + 1):
-            token = self._sp.piece_to_id(str(n))
-            if token == self._sp.unk_id():
+            token = self._vocabulary.find((marked if self._marked else bare).format(n))
+            if token is None:
                 break
-            self._coordinate_of[token] = n
-        self._token_of = {n: token for token, n in self._coordinate_of.items()}
+            self._token_of[n] = token
+        self._coordinate_of = {token: n for n, token in self._token_of.items()}
 
-    def _special(self, piece: str) -> int:
-        token = self._sp.piece_to_id(piece)
-        if token == self._sp.unk_id():
+    def _special(self, piece: str, other: int | None = None, own_first: bool = True) -> int:
+        found = self._vocabulary.find(piece)
+        token = other if found is None or (other is not None and not own_first) else found
+        if token is None:
             raise UserError(
-                f"tokenizer {self.path}: no piece {piece!r}; train one with this project"
+                f"tokenizer {self.path}: no piece {piece!r}; train one with this project, or "
+                "extend a language model's (fuyu_jax.tokenizer_extend)"
             )
         return token
 
@@ -93,68 +127,94 @@ class Tokenizer:
         """Token ids of a text; `<box>` and `<point>` markup becomes marks and integers.
 
         A malformed box stays text, and so does one whose coordinates have no token. Characters
-        U+0000 to U+0004 become spaces, since as bytes they would pass for Fuyu's marks.
+        U+0000 to U+0004 become spaces, since as bytes they would pass for Fuyu's marks. So that no
+        text can hold a mark, a space parts its name where the vocabulary would read one
+        (`| SPEAKER|`; one trained here needs none).
 
         Args:
           text: any text. Boxes are `<box>top, left, bottom, right</box>` in original pixels.
           scale: size of the image as the model sees it over its original size.
         """
-        text = _CONTROL.sub(" ", text)
+        text = _SURROGATE.sub("\ufffd", _CONTROL.sub(" ", text))
         tokens: list[int] = []
         at = 0
         for match in _MARKUP.finditer(text):
             numbers = [float(g) for g in match.groups() if g is not None]
+            if max(map(abs, numbers)) > _LARGEST_NUMBER:
+                continue
             values = [coordinate_to_token_value(n, scale) for n in numbers]
             if not all(v in self._token_of for v in values):
                 continue
             opened, closed = self.box_ids if len(values) == 4 else self.point_ids
-            tokens += self._sp.encode(text[at : match.start()])
+            tokens += self._encode_plain(text[at : match.start()])
             tokens += [opened, *(self._token_of[v] for v in values), closed]
             at = match.end()
-        return tokens + self._sp.encode(text[at:])
+        return tokens + self._encode_plain(text[at:])
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        tokens = self._vocabulary.encode(text)
+        if self._marks.isdisjoint(tokens):
+            return tokens
+        tokens = self._vocabulary.encode(self._first_of_mark.sub(r"\1 ", text))
+        return [t for t in tokens if t not in self._marks]
 
     def decode(self, tokens: Sequence[int], scale: int | float = 1.0) -> str:
         """Text of token ids; a well-formed box or point becomes markup in original pixels.
 
-        Placeholders, padding, `<s>` and `|ENDOFTEXT|` are left out. A malformed box never raises:
-        its marks are dropped and its integers stay text.
+        Placeholders, padding, `<s>`, `|ENDOFTEXT|` and ids outside the vocabulary are left out. A
+        malformed box never raises: its marks are dropped and its integers stay text.
         """
-        hidden = {self.pad_id, self.image_id, self.newline_id, self.eos_id, self.bos_id}
-        hidden |= {self.answer_id, *self.box_ids, *self.point_ids}
+        hidden = self._marks | {self.pad_id}
         parts: list[str] = []
         run: list[int] = []
         at = 0
         while at < len(tokens):
-            markup, used = self._markup_at(tokens, at, scale)
-            if markup:
-                parts += [self._sp.decode(run), markup]
+            token = int(tokens[at])
+            if found := self._location_at(tokens, at, scale):
+                parts += [self._vocabulary.decode(run), str(found)]
+                run, at = [], found.stop
+                continue
+            if self._marked and token in self._coordinate_of:
+                parts += [self._vocabulary.decode(run), str(self._coordinate_of[token])]
                 run = []
-            elif tokens[at] not in hidden:
-                run.append(int(tokens[at]))
-            at += used
-        return "".join([*parts, self._sp.decode(run)])
+            elif token not in hidden and 0 <= token < self.vocab_size:
+                run.append(token)
+            at += 1
+        return "".join([*parts, self._vocabulary.decode(run)])
 
-    def _markup_at(self, tokens: Sequence[int], at: int, scale: int | float) -> tuple[str, int]:
-        for (opened, closed), count, name in (
+    def locations(self, tokens: Sequence[int], scale: int | float = 1.0) -> list[Location]:
+        """Well-formed boxes and points among token ids, in order."""
+        found, at = [], 0
+        while at < len(tokens):
+            location = self._location_at(tokens, at, scale)
+            if location:
+                found.append(location)
+            at = location.stop if location else at + 1
+        return found
+
+    def _location_at(self, tokens: Sequence[int], at: int, scale: int | float) -> Location | None:
+        for (opened, closed), count, kind in (
             (self.box_ids, 4, "box"),
             (self.point_ids, 2, "point"),
         ):
-            inner = tokens[at + 1 : at + 1 + count]
+            inner, end = tokens[at + 1 : at + 1 + count], at + 1 + count
             if (
                 tokens[at] == opened
-                and len(tokens) > at + 1 + count
-                and tokens[at + 1 + count] == closed
+                and len(tokens) > end
+                and tokens[end] == closed
                 and all(int(t) in self._coordinate_of for t in inner)
             ):
-                values = [
+                values = (
                     token_value_to_coordinate(self._coordinate_of[int(t)], scale) for t in inner
-                ]
-                return f"<{name}>{', '.join(map(str, values))}</{name}>", count + 2
-        return "", 1
+                )
+                return Location(kind, tuple(values), at, end + 1)
+        return None
 
     def piece(self, token: int) -> str:
         """The vocabulary entry of a token, for people to read."""
-        return self._sp.id_to_piece(int(token))
+        return self._vocabulary.piece(int(token))
 
 
 def train_sentencepiece(

@@ -8,6 +8,7 @@ import pytest
 from conftest import write_llava
 
 from fuyu_jax.config import DataConfig
+from fuyu_jax.data import packed
 from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.data.mixture import Mixture, Part
 from fuyu_jax.data.packed import PackedData, Position
@@ -89,11 +90,21 @@ def test_hosts_share_the_same_global_batches(mixed, reference, hosts):
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_worker_processes_change_nothing(mixed, reference, workers):
-    data = mixed(workers=workers)
-    within_an_epoch = data.plan(0).rows // ROWS  # every epoch starts its workers anew: seconds
-    assert within_an_epoch >= 2
-    for a, b in zip(take(data, within_an_epoch), reference, strict=False):
+    found = take(mixed(workers=workers), len(reference))
+    for a, b in zip(found, reference, strict=True):
         same(a, b)
+
+
+def test_workers_are_started_anew_after_so_many_rows(mixed, reference, monkeypatch):
+    """Two runs of epochs, each with workers of its own, give the same rows."""
+    data = mixed(workers=1)
+    rows = data.plan(0).rows
+    monkeypatch.setattr(packed, "_ROWS_OF_WORKERS", rows + 1)
+    read, sizes = data._read, []
+    monkeypatch.setattr(data, "_read", lambda p: (sizes.append(len(p)), read(p))[1])
+    for a, b in zip(take(data, len(reference)), reference, strict=True):
+        same(a, b)
+    assert len(sizes) >= 2 and sizes[0] == rows + data.plan(1).rows
 
 
 def test_a_run_goes_on_at_any_batch_with_another_number_of_hosts(mixed, reference):

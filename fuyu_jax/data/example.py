@@ -1,6 +1,7 @@
 """What every source ends in: an ordered list of texts and images."""
 
 import contextlib
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image as PilImage
 
 from fuyu_jax import decoding
 from fuyu_jax.errors import UserError
@@ -32,6 +34,15 @@ class Text:
     def is_answer(self) -> bool:
         """Trained, and with the marks of an answer."""
         return self.train and not self.plain
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids taken as they are, with what marks they bring: no `<s>` comes before them or after
+    them, and no `<0x04>` behind them. With `train` they are learnt."""
+
+    ids: tuple[int, ...]
+    train: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,23 +76,37 @@ class Span:
         return f"{self.path} at byte {self.offset}"
 
 
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """An image that is decoded already; two are equal only if they are one."""
+
+    rgb: UInt8[np.ndarray, "height width 3"]
+
+    def __str__(self) -> str:
+        return f"of {self.rgb.shape[0]}×{self.rgb.shape[1]} pixels"
+
+
 @dataclass(frozen=True)
 class Image:
     """An encoded image and its size in pixels; a path or a span is read when it is needed."""
 
-    encoded: bytes | Path | Span
+    encoded: bytes | Path | Span | Pixels
     height: int
     width: int
     name: str = ""
 
     def read(self) -> bytes:
-        """The file's bytes.
+        """The file's bytes (pixels: as PNG).
 
         Raises:
           BadImageError: the file cannot be read.
         """
         if isinstance(self.encoded, bytes):
             return self.encoded
+        if isinstance(self.encoded, Pixels):
+            file = io.BytesIO()
+            PilImage.fromarray(self.encoded.rgb).save(file, "PNG")
+            return file.getvalue()
         try:
             if isinstance(self.encoded, Span):
                 return self.encoded.read()
@@ -91,21 +116,24 @@ class Image:
             raise BadImageError(f"image {where}: {error.strerror or error}") from None
 
     def decode(
-        self, at_least: tuple[int, int] | None = None
+        self, at_least: tuple[int, int] | None = None, *, scratch: bool = False
     ) -> UInt8[np.ndarray, "height width 3"]:
         """RGB pixels, upright.
 
         Args:
           at_least: (height, width); a JPEG may then come back smaller than its header says, but
             never smaller than this, and in the same proportions.
+          scratch: as in `decoding.decode_image`.
 
         Raises:
           BadImageError: missing, broken, or of another size than its header said.
         """
+        if isinstance(self.encoded, Pixels):
+            return self.encoded.rgb
         encoded = self.read()
-        name = self.name or self.encoded
+        name = self.name or _told(self.encoded)
         try:
-            pixels = decoding.decode_image(encoded, at_least)
+            pixels = decoding.decode_image(encoded, at_least, scratch=scratch)
         except decoding.ImageError as error:
             raise BadImageError(f"image {name}: cannot be decoded ({error})") from None
         height, width = pixels.shape[:2]
@@ -129,7 +157,7 @@ def open_image(encoded: bytes | Path | Span, name: str = "") -> Image:
     Raises:
       BadImageError: missing, or not an image.
     """
-    name = name or str(encoded)
+    name = name or _told(encoded)
     try:
         height, width = (
             _span_size(encoded) if isinstance(encoded, Span) else decoding.image_size(encoded)
@@ -141,7 +169,18 @@ def open_image(encoded: bytes | Path | Span, name: str = "") -> Image:
     return Image(encoded, height, width, name)
 
 
+def _told(encoded: bytes | Path | Span | Pixels) -> str:
+    """For messages: where an image is, or how many bytes it is of."""
+    return f"of {len(encoded)} bytes" if isinstance(encoded, bytes) else str(encoded)
+
+
 _HEADER_BYTES = 1 << 16
+
+
+def image_of_pixels(pixels: UInt8[np.ndarray, "height width 3"], name: str = "") -> Image:
+    """An `Image` of pixels in memory."""
+    height, width, _ = pixels.shape
+    return Image(Pixels(pixels), height, width, name)
 
 
 def _span_size(span: Span) -> tuple[int, int]:
@@ -160,7 +199,7 @@ class Example:
     """Texts and images in order; `info` goes along untouched (family, objects, ...)."""
 
     id: str
-    segments: tuple[Text | Image, ...]
+    segments: tuple[Text | Image | Tokens, ...]
     info: dict[str, Any] = field(default_factory=dict)
 
     @property

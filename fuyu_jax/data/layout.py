@@ -1,6 +1,7 @@
 """Example → token ids, loss weights and patch grids: the one function that training, evaluation
 and generation share. It needs an image's height and width only, never its pixels."""
 
+from array import array
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from fuyu_jax.config import DataConfig, ModelConfig
-from fuyu_jax.data.example import Example, Image
+from fuyu_jax.data.example import Example, Image, Text, Tokens
 from fuyu_jax.data.resolution import Resolution, TokenDrop, example_rng
 from fuyu_jax.patches import Grid
 from fuyu_jax.tokenizer import Tokenizer
@@ -133,7 +134,8 @@ def lay_out(
     after leading images. An answer is `<0x04> text |ENDOFTEXT|`; conversations repeat question
     and answer. Plain text has no marks around it, and `|ENDOFTEXT|` after the last of a document;
     the loss is on all of it where it is to be trained on. Boxes count in pixels of the image before
-    them.
+    them. Token ids bring their own marks: after them no `<s>` is put in, and directly after them
+    neither an answer nor the end of a question gets a `<0x04>`.
 
     Args:
       example: texts and images in order.
@@ -142,7 +144,7 @@ def lay_out(
       ask: end with `<0x04>`, so that the model answers next.
       visit: in training; without it nothing is drawn by chance and no patch is dropped.
     """
-    tokens: list[int] = []
+    tokens = array("i")  # an image has thousands: as a list of integers they would take longer
     trained: list[tuple[int, int]] = []
     grids: list[Grid] = []
     kept: list[np.ndarray | None] = []
@@ -152,10 +154,11 @@ def lay_out(
         rng = example_rng(visit.seed, visit.epoch, visit.index)
         rate = policy.drop.rate(visit.at, rng)
     scale = 1.0
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     begun = False
     last_plain = -1
     if example.info.get("part", 0) + 1 >= example.info.get("parts", 1):
-        plain = (not isinstance(s, Image) and s.plain for s in example.segments)
+        plain = (isinstance(s, Text) and s.plain for s in example.segments)
         last_plain = max((i for i, p in enumerate(plain) if p), default=-1)
     for number, segment in enumerate(example.segments):
         if isinstance(segment, Image):
@@ -167,28 +170,36 @@ def lay_out(
                 kept[-1] = policy.drop.keep(grid.patches, rate, rng)
                 gone = np.setdiff1d(np.arange(grid.patches), kept[-1], assume_unique=True)
                 left_out.append(len(tokens) + gone + gone // grid.columns)  # past the newlines
-            row = [tokenizer.image_id] * grid.columns + [tokenizer.newline_id]
+            row = array("i", [tokenizer.image_id]) * grid.columns
+            row.append(tokenizer.newline_id)
             tokens += row * grid.rows
             continue
-        if not begun:
-            tokens.append(tokenizer.bos_id)
+        if isinstance(segment, Tokens):
+            if segment.train:
+                trained.append((len(tokens), len(tokens) + len(segment.ids)))
+            tokens.extend(segment.ids)
             begun = True
-        if segment.train and not segment.plain:
+            continue
+        if not begun:
+            tokens.extend(begin)
+            begun = True
+        after_ids = number > 0 and isinstance(example.segments[number - 1], Tokens)
+        if segment.is_answer and not after_ids:
             tokens.append(tokenizer.answer_id)
         first = len(tokens)
-        tokens += tokenizer.encode(segment.text, scale)
-        if (segment.train and not segment.plain) or number == last_plain:
+        tokens.extend(tokenizer.encode(segment.text, scale))
+        if segment.is_answer or number == last_plain:
             tokens.append(tokenizer.eos_id)
         if segment.train:
             trained.append((first, len(tokens)))
-    if ask:
+    if ask and not (example.segments and isinstance(example.segments[-1], Tokens)):
         if not begun:
-            tokens.append(tokenizer.bos_id)
+            tokens.extend(begin)
         tokens.append(tokenizer.answer_id)
     weights = np.zeros(len(tokens), np.float32)
     for first, last in trained:
         weights[first:last] = 1
-    ids, positions = np.asarray(tokens, np.int32), np.arange(len(tokens), dtype=np.int32)
+    ids, positions = np.array(tokens, np.int32), np.arange(len(tokens), dtype=np.int32)
     if left_out:
         stays = np.ones(len(tokens), bool)
         stays[np.concatenate(left_out)] = False

@@ -4,6 +4,7 @@ The state of it all is {plan hash, epoch, next row}: which rows come in which or
 on workers, threads or hosts.
 """
 
+import bisect
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from jaxtyping import UInt8
 
 from fuyu_jax.batch import PackedBatch
 from fuyu_jax.config import DataConfig, digest
+from fuyu_jax.data.cleaning import CleanedSource
 from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.data.lengths import BadExamples, Lengths, measure, measure_visit
 from fuyu_jax.data.mixture import Draws, Mixture, Part
@@ -43,17 +45,28 @@ class Batch(NamedTuple):
     dropped: int = 0  # patches, by token dropping
 
 
-class _Picked:
-    """Some elements of a random-access sequence; unlike a slice of it, in any pattern."""
+# Worker processes are started anew for each run of epochs that has so many rows.
+_ROWS_OF_WORKERS = 4096
 
-    def __init__(self, rows: RowSource, indices: np.ndarray):
-        self.rows, self.indices = rows, indices
+
+class _Picked:
+    """Some rows of one epoch or several, in order; unlike a slice of it, in any pattern."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[RowSource, np.ndarray]] = []
+        self._ends: list[int] = []
+
+    def add(self, rows: RowSource, indices: np.ndarray) -> None:
+        self._parts.append((rows, indices))
+        self._ends.append(len(self) + len(indices))
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Row:
-        return self.rows[int(self.indices[index])]
+        at = bisect.bisect_right(self._ends, index)
+        rows, indices = self._parts[at]
+        return rows[int(indices[index - (self._ends[at - 1] if at else 0)])]
 
 
 class PackedData:
@@ -91,14 +104,19 @@ class PackedData:
         self.seed = seed
         self.balance_rows = balance_rows
         total = sum(source.sizes)
-        self.bad = BadExamples(max(config.max_bad_examples, int(config.max_bad_share * total)))
-        several = len(source.parts) > 1
+        cleaned = [p for p in source.parts if isinstance(p.source, CleanedSource)]
+        left_out = sum(len(p.source.source) - len(p.source) for p in cleaned)
+        self.bad = BadExamples.under(config, total + left_out)
+        labels = {p.name: f"{p.name}/" if len(source.parts) > 1 else "" for p in source.parts}
+        for part in cleaned:
+            for id, reason in part.source.unreadable:
+                self.bad.add(labels[part.name] + id, reason)
         self.lengths: list[Lengths] = [
-            measure(part, tokenizer, self.bad, f"{part.name}/" if several else "")
-            for part in source.parts
+            measure(part, tokenizer, self.bad, labels[part.name]) for part in source.parts
         ]
         self._buffers = Buffers()
         self._epochs: dict[int, RowSource] = {}
+        self._sizes: dict[int, int] = {}  # rows of the epochs planned so far
         first = self.plan(0)
         if not first.rows:
             raise UserError(
@@ -128,6 +146,8 @@ class PackedData:
             }
             if config.easy_first_epochs:
                 about["difficulty"] = digest(lengths.difficulty.tolist())
+            if isinstance(part.source, CleanedSource):
+                about |= {f"cleaning.{k}": v for k, v in part.source.settings.items()}
             settings |= {f"{part.name}.{k}": v for k, v in about.items()}
         return json.loads(json.dumps(settings))
 
@@ -153,6 +173,7 @@ class PackedData:
             plan = self._make_plan(epoch, draws)
             # A batch may span two epochs; older ones are not needed again.
             self._epochs = {e: rows for e, rows in self._epochs.items() if e == epoch - 1}
+            self._sizes[epoch] = plan.rows
             self._epochs[epoch] = RowSource(
                 self.mixture, self.tokenizer, plan, draws, epoch, self.seed, self._buffers
             )
@@ -261,22 +282,24 @@ class PackedData:
         epoch, first = start
         place = 0  # of the epoch's next row in its global batch
         share = per_batch // hosts
+        wanted = _ROWS_OF_WORKERS if self.config.workers else 1
         while True:
-            rows = self.row_source(epoch)
-            indices = np.arange(first, len(rows))
-            mine = indices[((indices - first + place) % per_batch) // share == host]
-            for row in self._read(_Picked(rows, mine)):
+            picked = _Picked()
+            while len(picked) < wanted:
+                rows = self.row_source(epoch)
+                indices = np.arange(first, len(rows))
+                mine = indices[((indices - first + place) % per_batch) // share == host]
+                picked.add(rows, mine)
+                place = (place + len(indices)) % per_batch
+                epoch, first = epoch + 1, 0
+            for row in self._read(picked):
                 for id, reason in row.skipped:
                     self.bad.add(id, reason)
                 yield row
-            place = (place + len(indices)) % per_batch
-            epoch, first = epoch + 1, 0
 
     def _read(self, picked: _Picked) -> Iterator[Row]:
         """The rows, made ahead by threads or processes, in order whatever their number."""
         config = self.config
-        if not len(picked):
-            return iter(())
         dataset = grain.MapDataset.source(picked)
         if not config.workers:
             options = grain.ReadOptions(
@@ -328,7 +351,7 @@ class PackedData:
     def _advance(self, position: Position, rows: int) -> Position:
         """The position `rows` rows further on."""
         epoch, row = position.epoch, position.row + rows
-        while row >= (size := self.plan(epoch).rows):
+        while row >= (size := self._sizes.get(epoch) or self.plan(epoch).rows):
             epoch, row = epoch + 1, row - size
             if not row:  # the next epoch need not be planned yet
                 break

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from fuyu_jax.batch import PackedBatch
-from fuyu_jax.data.example import BadImageError, Example
+from fuyu_jax.data.example import BadImageError, Example, Image
 from fuyu_jax.data.layout import Layout, LayoutPolicy, Visit, lay_out
 from fuyu_jax.data.mixture import Draws, Mixture
 from fuyu_jax.data.plan import Plan
-from fuyu_jax.patches import fit, patch_coordinates, patchify
+from fuyu_jax.patches import Grid, fit, patch_coordinates, patchify
 from fuyu_jax.tokenizer import Tokenizer
 
 
@@ -22,16 +23,17 @@ class PatchedExample(NamedTuple):
     patches: list[np.ndarray]
 
 
-def _pixels(example: Example, layout: Layout, policy: LayoutPolicy) -> list[np.ndarray]:
-    """All images of an example, decoded and shrunk.
+def _cut(
+    image: Image, grid: Grid, policy: LayoutPolicy, out: np.ndarray | None = None
+) -> UInt8[np.ndarray, "patches C"]:
+    """An image's patches: decoded, shrunk, cut at once, while its pixels are in the cache.
 
     Raises:
-      BadImageError: an image is missing or broken.
+      BadImageError: missing or broken.
     """
-    return [
-        fit(image.decode(at_least=(g.height, g.width) if policy.draft else None), g)
-        for image, g in zip(example.images, layout.grids, strict=True)
-    ]
+    least = (grid.height, grid.width) if policy.draft else None
+    pixels = fit(image.decode(at_least=least, scratch=True), grid)
+    return patchify(pixels, grid, policy.patch_size, policy.pad_value, out=out)
 
 
 def with_pixels(example: Example, layout: Layout, policy: LayoutPolicy) -> PatchedExample:
@@ -41,9 +43,8 @@ def with_pixels(example: Example, layout: Layout, policy: LayoutPolicy) -> Patch
       BadImageError: an image is missing or broken.
     """
     cut = []
-    images = _pixels(example, layout, policy)
-    for pixels, grid, kept in zip(images, layout.grids, layout.kept, strict=True):
-        patches = patchify(pixels, grid, policy.patch_size, policy.pad_value)
+    for image, grid, kept in zip(example.images, layout.grids, layout.kept, strict=True):
+        patches = _cut(image, grid, policy)
         cut.append(patches if kept is None else patches[kept])
     return PatchedExample(layout, cut)
 
@@ -71,16 +72,25 @@ class _Filler:
         self.batch.patch_coords[self.row, start : self.patch_at] = coordinates
         return self.batch.patches[self.row, start : self.patch_at]
 
-    def images(self, layout: Layout, images: Sequence[np.ndarray], policy: LayoutPolicy) -> None:
-        """Cuts pixels straight into the buffer."""
-        for pixels, grid, kept in zip(images, layout.grids, layout.kept, strict=True):
-            coordinates = patch_coordinates(grid)
-            if kept is None:
-                out = self.places(grid.patches, coordinates)
-                patchify(pixels, grid, policy.patch_size, policy.pad_value, out=out)
-            else:
-                cut = patchify(pixels, grid, policy.patch_size, policy.pad_value)
-                self.places(len(kept), coordinates[kept])[...] = cut[kept]
+    def images(self, example: Example, layout: Layout, policy: LayoutPolicy) -> None:
+        """Cuts an example's images straight into the buffer.
+
+        Raises:
+          BadImageError: one is missing or broken; the row is as it was before the example.
+        """
+        start = self.patch_at
+        try:
+            for image, grid, kept in zip(example.images, layout.grids, layout.kept, strict=True):
+                coordinates = patch_coordinates(grid)
+                if kept is None:
+                    _cut(image, grid, policy, self.places(grid.patches, coordinates))
+                else:
+                    patches = _cut(image, grid, policy)
+                    self.places(len(kept), coordinates[kept])[...] = patches[kept]
+        except BadImageError:
+            self.batch.patch_coords[self.row, start : self.patch_at] = 0
+            self.patch_at = start  # what is written behind it is written over, or zeroed
+            raise
 
 
 def fill_row(batch: PackedBatch, row: int, examples: Sequence[PatchedExample]) -> None:
@@ -183,12 +193,11 @@ class RowSource:
             try:
                 example = part.source[at]
                 layout = lay_out(example, self.tokenizer, part.policy, visit=self.visit(int(d)))
-                images = _pixels(example, layout, part.policy)
+                filler.images(example, layout, part.policy)
             except BadImageError as error:
                 skipped.append((self.name(int(d)), str(error)))
                 continue
             filler.tokens(layout)
-            filler.images(layout, images, part.policy)
             ids.append(self.name(int(d)))
             dropped += layout.dropped
         batch.patches[0, filler.patch_at :] = 0
