@@ -297,8 +297,8 @@ def read_lengths(
 ) -> tuple[Int32[np.ndarray, "N"], Int32[np.ndarray, "N"]]:
     """Tokens and patches of every line `height,width,text_tokens` of a CSV file with that header.
 
-    A height and width of 0 mean no image. An image adds rows × (columns + 1) tokens, an example its
-    `<s>` and `|ENDOFTEXT|`.
+    A height and width of 0 mean no image; those of several are written `480;600`. An image adds
+    rows × (columns + 1) tokens, an example its `<s>` and `|ENDOFTEXT|`.
 
     Raises:
       UserError: no such file, another header, or a line that is not three counts (named).
@@ -307,25 +307,34 @@ def read_lengths(
     if not path.is_file():
         raise UserError(f"--lengths={path}: no such file; it has lines height,width,text_tokens")
     tokens, patches = [], []
-    known: dict[tuple[int, int], tuple[int, int]] = {(0, 0): (0, 0)}
+    known: dict[tuple[str, str], tuple[int, int]] = {}
+
+    def measured(heights: str, widths: str) -> tuple[int, int]:
+        sides = [[int(x) for x in side.split(";")] for side in (heights, widths)]
+        if sides == [[0], [0]]:
+            return 0, 0
+        if min(map(min, sides)) < 1:
+            raise ValueError
+        grids = [grid_of(*s, patch_size, max_height, max_width) for s in zip(*sides, strict=True)]
+        return sum(g.tokens for g in grids), sum(g.patches for g in grids)
+
     with path.open(newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
         if (header := next(lines, None)) != ["height", "width", "text_tokens"]:
             raise UserError(f"{path}: the first line is {header}, not height,width,text_tokens")
         for line in lines:
             try:
-                height, width, text = (int(x) for x in line)
-                if min(height, width, text) < 0 or (height == 0) != (width == 0):
+                heights, widths, count = line
+                if (text := int(count)) < 0:
                     raise ValueError
+                if (heights, widths) not in known:
+                    known[heights, widths] = measured(heights, widths)
             except ValueError:
                 raise UserError(
                     f"{path}, line {lines.line_num}: {','.join(line)!r} is not height,width,"
                     "text_tokens (0,0 for no image)"
                 ) from None
-            if (height, width) not in known:
-                grid = grid_of(height, width, patch_size, max_height, max_width)
-                known[height, width] = grid.tokens, grid.patches
-            image_tokens, image_patches = known[height, width]
+            image_tokens, image_patches = known[heights, widths]
             tokens.append(image_tokens + text + 2)
             patches.append(image_patches)
     return np.asarray(tokens, np.int32), np.asarray(patches, np.int32)

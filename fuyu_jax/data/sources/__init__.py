@@ -1,5 +1,7 @@
 """Sources of examples: one file for each form that data comes in. Every source gives `Example`s by
-index, and nothing after it knows where they came from."""
+index, and nothing after it knows where they came from.
+
+`array_record` is imported by itself: it stands above `data/outline.py`, which needs `base`."""
 
 from fuyu_jax.data.sources.base import Source
 from fuyu_jax.data.sources.demo import DemoSource
