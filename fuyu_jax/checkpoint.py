@@ -17,6 +17,9 @@ from fuyu_jax.parallel.mesh import paths, state_shardings
 
 CHECKPOINTS = "checkpoints"
 CONFIG_FILE = "config.json"
+# Parameters are laid down in pieces of at most so many bytes, so that a reader on another mesh, or
+# one that wants a layer alone, need not hold a whole device's part.
+PIECE_BYTES = 64 * 2**20
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax tells every save in ten lines
 
@@ -79,10 +82,12 @@ class Checkpoints:
         """Begins to save; returns when the arrays are copied. A step already there stays."""
         if step in self._manager.all_steps():
             return
+        tree = to_tree(params)
+        pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=PIECE_BYTES), tree)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(to_tree(params)),
+                params=ocp.args.StandardSave(tree, save_args=pieces),
                 opt_state=ocp.args.StandardSave(to_tree(opt_state)),
                 data=ocp.args.JsonSave(data),
                 config=ocp.args.JsonSave(config_lib.flatten(config)),

@@ -189,7 +189,8 @@ class DataConfig:
     validation_json: str = ""  # llava: "" for none
     test_json: str = ""  # llava: "" for the validation file
     image_dir: str = ""  # llava: "" for the JSON file's folder
-    tokenizer: str = ""  # a sentencepiece model; "": the demo's own, or trained on train_json
+    # A sentencepiece model or tokenizer.json; "": that of init_from, or the demo's, or trained here
+    tokenizer: str = ""
     tokenizer_vocab: int = 1536  # pieces, when it is trained here
     tokens_per_row: int = 1024  # S
     patches_per_row: int = 960  # P
@@ -261,6 +262,7 @@ class TrainConfig:
 
     name: str = "run"
     workdir: str = "workdir"
+    init_from: str = ""  # a Hugging Face folder, or a work folder: begin with its parameters
     seed: int = 0
     num_steps: int = 1000
     rows_per_batch: int = 8  # B, over all hosts, in each accumulation step

@@ -31,9 +31,14 @@ from fuyu_jax.data.sources.array_record import ArrayRecordSource
 from fuyu_jax.data.sources.common import largest_side
 from fuyu_jax.errors import UserError, nearest
 from fuyu_jax.tokenizer import Tokenizer, train_sentencepiece
-from fuyu_jax.vocabulary import CONFIG_FILE
+from fuyu_jax.vocabulary import (
+    CONFIG_FILE,
+    JSON_FILE,
+    MODEL_FILE,
+    JsonVocabulary,
+    open_vocabulary,
+)
 
-TOKENIZER_FILE = "tokenizer.model"
 SPLITS = ("train", "validation", "test")
 
 
@@ -247,31 +252,42 @@ def open_sources(config: DataConfig) -> Sources:
     return Sources(config)
 
 
-def open_tokenizer(sources: Sources, workdir: Path) -> Tokenizer:
+def open_tokenizer(sources: Sources, workdir: Path, given: Path | None = None) -> Tokenizer:
     """The run's tokenizer, kept in its work folder so that a checkpoint is never without.
 
-    Taken from `data.tokenizer` if given, else from the demo set, else trained on the training
-    split's text.
+    Taken from `data.tokenizer` if given, else the one of the model that the run begins from, else
+    the demo set's, else trained on the training split's text.
     """
-    kept = workdir / TOKENIZER_FILE
-    if not kept.is_file():
+    if not any((workdir / name).is_file() for name in (JSON_FILE, MODEL_FILE)):
         config = sources.config
         if config.tokenizer:
             given = Tokenizer(Path(config.tokenizer).expanduser()).path  # checked before it is kept
-            beside = given.with_name(CONFIG_FILE)  # says what ends a text
-            if beside.is_file():
-                _copy(beside, kept.with_name(CONFIG_FILE))
-            _copy(given, kept)
-        elif sources.demo_dir is not None:
-            _copy(sources.demo_dir / demo.TOKENIZER_FILE, kept)
+        elif given is None and sources.demo_dir is not None:
+            given = sources.demo_dir / demo.TOKENIZER_FILE
+        if given is not None:
+            keep_tokenizer(given, workdir)
         else:
             train = sources.open("train")
             cap = max(config.max_image_height, config.max_image_width)
             side = min(largest_side(train), cap)
             train_sentencepiece(
-                train.texts(), kept, config.tokenizer_vocab, max_coordinate=-(-side // 2)
+                train.texts(),
+                workdir / MODEL_FILE,
+                config.tokenizer_vocab,
+                max_coordinate=-(-side // 2),
             )
-    return Tokenizer(kept)
+    return Tokenizer(workdir)
+
+
+def keep_tokenizer(given: Path, workdir: Path) -> Path:
+    """Copies a tokenizer's file into a folder, with what beside it says what ends a text."""
+    is_json = isinstance(open_vocabulary(given), JsonVocabulary)
+    beside = given.with_name(CONFIG_FILE)
+    if beside.is_file():
+        _copy(beside, workdir / CONFIG_FILE)
+    kept = workdir / (JSON_FILE if is_json else MODEL_FILE)
+    _copy(given, kept)
+    return kept
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -72,8 +72,9 @@ class _Picked:
 class PackedData:
     """A source or a mixture, packed.
 
-    Memory is that of lengths and plans (some 60 bytes an example) and of the rows in flight:
-    `prefetch_rows` rows of S·16 + P·(C + 8) bytes with threads, twice that with worker processes.
+    Memory is that of lengths and plans (some 90 bytes an example), of the rows in flight
+    (`prefetch_rows` of S·16 + P·(C + 8) bytes with threads, twice that with worker processes), and
+    of one decoded image a thread.
 
     Args:
       source: examples by index, or a mixture of such.

@@ -44,7 +44,10 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos_id", "banned"))
+NOTHING = -1  # in the result, after a row's end
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos_ids", "banned"))
 def generate_tokens(
     graph: nnx.GraphDef,
     params: Any,
@@ -52,7 +55,7 @@ def generate_tokens(
     lengths: Int32[Array, "B"],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     banned: tuple[int, ...],
 ) -> Int32[Array, "B N"]:
     """Greedy continuations of one prompt a row.
@@ -62,7 +65,7 @@ def generate_tokens(
       batch: one segment a row, beginning at index 0.
       lengths: of the prompts.
       max_new_tokens: N; the loop stops before where every row has ended.
-      eos_id: ends a row; what follows it in the result is `eos_id` again.
+      eos_ids: each ends a row; what follows in the result is `NOTHING`.
       banned: ids that are never chosen.
     """
     model: Decoder = nnx.merge(graph, params)
@@ -74,7 +77,8 @@ def generate_tokens(
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     first = choose(hidden[rows, lengths - 1])
-    out = jnp.full((lengths.shape[0], max_new_tokens), eos_id, jnp.int32)
+    out = jnp.full((lengths.shape[0], max_new_tokens), NOTHING, jnp.int32)
+    ends = jnp.asarray(eos_ids, jnp.int32)
 
     def going(carry):
         i, _, done, _, _ = carry
@@ -82,8 +86,8 @@ def generate_tokens(
 
     def body(carry):
         i, token, done, out, cache = carry
-        out = out.at[:, i].set(jnp.where(done, eos_id, token))
-        done = done | (token == eos_id)
+        out = out.at[:, i].set(jnp.where(done, NOTHING, token))
+        done = done | (token[:, None] == ends).any(axis=1)
         at = lengths + i
         hidden, cache = model.decode(token, at, at, cache)
         return i + 1, choose(hidden), done, out, cache
@@ -102,6 +106,8 @@ class Engine:
       batch_size: prompts at a time.
       max_new_tokens: the longest answer.
       mesh: lays the prompts of a batch over its devices, where their number divides.
+      eos_ids: what ends an answer, if not the tokenizer's `|ENDOFTEXT|` alone; may be empty.
+      banned: ids that are never chosen, if not padding and the marks of layouts.
     """
 
     def __init__(
@@ -113,6 +119,8 @@ class Engine:
         batch_size: int = 32,
         max_new_tokens: int = 64,
         mesh: Mesh | None = None,
+        eos_ids: tuple[int, ...] | None = None,
+        banned: tuple[int, ...] | None = None,
     ):
         self.mesh = mesh
         self.graph = graph
@@ -121,8 +129,14 @@ class Engine:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         t = tokenizer
+        self.eos_ids = (t.eos_id,) if eos_ids is None else eos_ids
         # A placeholder has no patch here, and padding and `<s>` are never an answer's.
-        self.banned = (t.pad_id, t.bos_id, t.image_id, t.newline_id, t.answer_id)
+        marks = (t.pad_id, t.bos_id, t.image_id, t.newline_id, t.answer_id)
+        self.banned = (
+            tuple(token for token in marks if token is not None) if banned is None else banned
+        )
+        # A language model that never saw `<0x04>` goes on where the text ends.
+        self.ask = t.answer_id is not None
 
     def answer(
         self, params: Any, prompts: Sequence[Example], *, blind: bool = False
@@ -147,7 +161,7 @@ class Engine:
 
         A prompt whose image is missing or broken is answered with an error.
         """
-        layouts = [lay_out(p, self.tokenizer, self.policy, ask=True) for p in prompts]
+        layouts = [lay_out(p, self.tokenizer, self.policy, ask=self.ask) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda i: len(layouts[i].tokens))
         for at in range(0, len(order), self.batch_size):
             group = order[at : at + self.batch_size]
@@ -169,8 +183,9 @@ class Engine:
             batch = batch._replace(patches=np.zeros_like(batch.patches))
         tokens = self._generate(params, batch, lengths)
         for (i, example), row in zip(ready, np.asarray(tokens).tolist(), strict=False):
-            finished = self.tokenizer.eos_id in row
-            kept = row[: row.index(self.tokenizer.eos_id)] if finished else row
+            ends = (at for at, t in enumerate(row) if t == NOTHING or t in self.eos_ids)
+            end = next(ends, len(row))
+            finished, kept = end < len(row), row[:end]
             text = self.tokenizer.decode(kept, example.layout.box_scale)
             yield i, Answer(text, tuple(kept), finished)
 
@@ -185,7 +200,7 @@ class Engine:
                 jax.device_put(batch, sharding),
                 jax.device_put(lengths, sharding),
                 max_new_tokens=self.max_new_tokens,
-                eos_id=self.tokenizer.eos_id,
+                eos_ids=self.eos_ids,
                 banned=self.banned,
             )
 

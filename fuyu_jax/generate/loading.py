@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from fuyu_jax.checkpoint import CHECKPOINTS, Checkpoints, read_config
 from fuyu_jax.config import TrainConfig
 from fuyu_jax.data.layout import LayoutPolicy
-from fuyu_jax.data.opening import TOKENIZER_FILE
 from fuyu_jax.errors import UserError
 from fuyu_jax.generate.engine import Engine
 from fuyu_jax.model.decoder import Decoder, make_decoder
@@ -80,25 +80,46 @@ def load_checkpoint(
     Raises:
       UserError: no checkpoint there, or one of another model's shape.
     """
+    workdir, step = find_checkpoint(path)
+    config = change(read_config(workdir))
+    tokenizer = Tokenizer(workdir)
+    graph, shapes = nnx.split(nnx.eval_shape(model_maker(config, tokenizer)))
+    params = read_checkpoint_params(workdir, step, shapes, make_mesh(config.mesh))
+    policy = LayoutPolicy.of(config.model, config.data)
+    return Loaded(config, workdir, step, tokenizer, policy, graph, params)
+
+
+def find_checkpoint(path: Path) -> tuple[Path, int]:
+    """The work folder and step of a work folder (its latest) or `WORKDIR/checkpoints/STEP`.
+
+    Raises:
+      UserError: no checkpoint there.
+    """
     path = path.expanduser()
     if not path.is_dir():
         raise UserError(f"checkpoint {path}: no such folder")
-    step: int | None = None
-    workdir = path
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        step, workdir = int(path.name), path.parent.parent
-    elif path.name == CHECKPOINTS:
-        workdir = path.parent
-    config = change(read_config(workdir))
-    tokenizer = Tokenizer(workdir / TOKENIZER_FILE)
+        return path.parent.parent, int(path.name)
+    workdir = path.parent if path.name == CHECKPOINTS else path
+    read_config(workdir)  # or else it is no work folder
     checkpoints = Checkpoints(workdir)
     try:
-        step = checkpoints.latest() if step is None else step
-        if step is None:
-            raise UserError(f"{workdir}: no checkpoint in it yet")
-        graph, shapes = nnx.split(nnx.eval_shape(model_maker(config, tokenizer)))
-        params = checkpoints.restore_params(step, shapes, make_mesh(config.mesh))
+        step = checkpoints.latest()
     finally:
         checkpoints.close()
-    policy = LayoutPolicy.of(config.model, config.data)
-    return Loaded(config, workdir, step, tokenizer, policy, graph, params)
+    if step is None:
+        raise UserError(f"{workdir}: no checkpoint in it yet")
+    return workdir, step
+
+
+def read_checkpoint_params(workdir: Path, step: int, shapes: Any, mesh: Mesh) -> Any:
+    """Parameters of a checkpoint over a mesh.
+
+    Raises:
+      UserError: it is not there, or of another model's shape.
+    """
+    checkpoints = Checkpoints(workdir)
+    try:
+        return checkpoints.restore_params(step, shapes, mesh)
+    finally:
+        checkpoints.close()

@@ -10,7 +10,7 @@ from fuyu_jax.config import ModelConfig
 from fuyu_jax.model import patch_loss
 from fuyu_jax.model.attention import KeyRange, key_range
 from fuyu_jax.model.layers import Block, KeysAndValues, Linear, Norm
-from fuyu_jax.model.rotary import rotary_tables
+from fuyu_jax.model.rotary import RotaryScaling, rotary_tables
 
 FREQUENCIES = 12  # an axis
 
@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.config.dtype)
 
-    def head_kernel(self) -> Float32[Array, "D V"]:
+    def head_kernel(self) -> Float[Array, "D V"]:
         """The output map, which may be the embedding's transpose."""
         return self.embedding[...].T if self.head is None else self.head.kernel[...]
 
@@ -121,7 +121,8 @@ class Decoder(nnx.Module):
 
     def _tables(self, positions):
         c = self.config
-        return rotary_tables(positions, c.head_dim, c.rotary_fraction, c.rotary_base)
+        scaling = RotaryScaling.of(c)
+        return rotary_tables(positions, c.head_dim, c.rotary_fraction, c.rotary_base, scaling)
 
     def _scan(self, method, x, *layer_inputs):
         """Runs `method(block, x, *inputs of this layer)` over the layers."""

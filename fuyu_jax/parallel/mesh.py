@@ -5,7 +5,7 @@ import os
 import re
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fuyu_jax.config import MeshConfig
 from fuyu_jax.errors import UserError
@@ -78,7 +78,7 @@ def paths(tree) -> list[str]:
     return [_path(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
-def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     for pattern, axes in _RULES:
         if re.search(pattern, path) and len(shape) >= len(axes):
             full = (None,) * (len(shape) - len(axes)) + axes
@@ -92,7 +92,7 @@ def _spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec()
 
 
-def state_shardings(tree, mesh: Mesh):
+def state_shardings(tree, mesh: Mesh | AbstractMesh):
     """A sharding for every leaf of parameters or optimizer state (moments have the same paths)."""
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     return jax.tree.unflatten(

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import shutil
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ from fuyu_jax.batch import PackedBatch
 from fuyu_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
 from fuyu_jax.config import TrainConfig
 from fuyu_jax.data.layout import LayoutPolicy
-from fuyu_jax.data.opening import TOKENIZER_FILE, Sources, open_sources, open_tokenizer
+from fuyu_jax.data.opening import Sources, keep_tokenizer, open_sources, open_tokenizer
 from fuyu_jax.data.packed import Batch, PackedData, Position
 from fuyu_jax.errors import TrainingStoppedError, UserError
 from fuyu_jax.evals import runner
@@ -25,9 +23,11 @@ from fuyu_jax.generate.engine import Engine
 from fuyu_jax.generate.loading import model_maker
 from fuyu_jax.model.attention import choose_backend
 from fuyu_jax.parallel.mesh import batch_sharding, make_mesh, row_devices
-from fuyu_jax.train.metrics import Recorder
+from fuyu_jax.train.metrics import Recorder, Window
 from fuyu_jax.train.optimizer import make_optimizer, schedule
 from fuyu_jax.train.patch_init import whitening
+from fuyu_jax.train.signals import StopSignal
+from fuyu_jax.train.start import open_start
 from fuyu_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
 from fuyu_jax.train.summary import write_summary
 
@@ -78,7 +78,8 @@ class Trainer:
             # The work folder is touched only when all input has been found good.
             place = self.workdir if known else Path(scratch)
             self.sources = self.sources.clean(place, progress=config.progress)
-            self.tokenizer = open_tokenizer(self.sources, place)
+            start = open_start(config, self.workdir, Path(scratch))
+            self.tokenizer = open_tokenizer(self.sources, place, start and start.tokenizer)
             self.data = PackedData(
                 self.sources.open_mixture("train", config.model, config.seed),
                 self.tokenizer,
@@ -92,12 +93,12 @@ class Trainer:
                 make_model,
                 lambda params: make_optimizer(config.optim, params, config.num_steps),
                 self.mesh,
+                start and start.read_params,
             )
             claim_workdir(self.workdir, config)
             if not known:
-                kept = self.workdir / TOKENIZER_FILE
-                shutil.copyfile(self.tokenizer.path, kept)
-                self.tokenizer.path = kept
+                self.tokenizer.path = keep_tokenizer(self.tokenizer.path, self.workdir)
+            self.begun_from = start.finish(self.workdir) if start else ""
             self.sources.keep_cleaning(self.workdir)
             self.data.save_plan(self.workdir)
             self.data.bad.keep_in(self.workdir / "bad_examples.jsonl")
@@ -113,7 +114,8 @@ class Trainer:
         self.rate = schedule(config.optim, config.optim.peak_lr, config.num_steps)
         self.checkpoints = Checkpoints(self.workdir, config.keep_checkpoints)
         # A work folder without a checkpoint starts from the beginning, whoever made it.
-        if config.model.patch_init == "whiten" and self.checkpoints.latest() is None:
+        fresh = self.checkpoints.latest() is None and not (start and start.sees)
+        if config.model.patch_init == "whiten" and fresh:
             self._whiten_patches()
         self.progress = Progress()
         self.first_step_seconds = 0.0  # of this process, compilation included
@@ -135,7 +137,7 @@ class Trainer:
                     f"first: {unread[0]}",
                     flush=True,
                 )
-        self._stop_signal = 0
+        self._stop = StopSignal()
 
     def _whiten_patches(self) -> None:
         """Sets the patch projection from training patches; a checkpoint's is taken as it is."""
@@ -157,7 +159,7 @@ class Trainer:
         device = jax.devices()[0]
         axes = ", ".join(f"{k}={v}" for k, v in self.mesh.shape.items())
         cleaning = self.sources.cleaning_line()
-        last = f"\n{cleaning}" if cleaning else ""
+        last = "".join(f"\n{line}" for line in (cleaning, self.begun_from) if line)
         return (
             f"{self.config.name}: {self.parameters:,} parameters, vocabulary "
             f"{self.tokenizer.vocab_size}, attention {self.backend}, "
@@ -220,7 +222,7 @@ class Trainer:
             self.config.progress,
             config_lib.flatten(self.config),
         )
-        with _Signals(self):
+        with self._stop:
             try:
                 self._train(done, target, recorder)
             finally:
@@ -235,7 +237,7 @@ class Trainer:
     def _train(self, done: int, target: int, recorder: Recorder) -> None:
         config = self.config
         batches = self._accumulated(Position(self.progress.epoch, self.progress.row))
-        window = _Window()
+        window = Window()
         pending: tuple[int, list[Batch], StepMetrics, Progress] | None = None
         before = self.progress
         clock = time.perf_counter()
@@ -258,7 +260,7 @@ class Trainer:
             validate = bool(self.validation) and (
                 step % config.eval.every == 0 or step == config.num_steps
             )
-            if checkpoint or validate or self._stop_signal:
+            if checkpoint or validate or self._stop.number:
                 self._read(pending, recorder, window)
                 pending = None
             now = time.perf_counter()
@@ -270,13 +272,13 @@ class Trainer:
             )
             window.all_tokens = window.all_places = 0.0
             clock = now
-            if checkpoint or self._stop_signal:
+            if checkpoint or self._stop.number:
                 self._save(step, self.progress)
             if validate:
                 self._validate(step, recorder)
-            if self._stop_signal:
+            if self._stop.number:
                 raise TrainingStoppedError(
-                    f"stopped by signal {self._stop_signal} at step {step}, checkpoint saved; the "
+                    f"stopped by signal {self._stop.number} at step {step}, checkpoint saved; the "
                     "same command goes on from here"
                 )
 
@@ -295,7 +297,7 @@ class Trainer:
             )
             yield group, arrays
 
-    def _read(self, pending, recorder: Recorder, window: "_Window") -> None:
+    def _read(self, pending, recorder: Recorder, window: Window) -> None:
         step, group, metrics, before = pending
         values = StepMetrics(*(float(x) for x in jax.device_get(metrics)))
         if values.halted:
@@ -361,55 +363,3 @@ class Trainer:
 
 def _stack(parts):
     return parts[0][None] if len(parts) == 1 else jax.numpy.stack(parts)
-
-
-class _Window:
-    """Tokens, padding and time since the last line."""
-
-    def __init__(self) -> None:
-        self.tokens = self.places = self.wait = 0.0
-        self.all_tokens = self.all_places = 0.0  # since the totals were last brought up to date
-        self.began = time.perf_counter()
-
-    def add(self, tokens: float, places: float) -> None:
-        self.tokens += tokens
-        self.places += places
-        self.all_tokens += tokens
-        self.all_places += places
-
-    def take(self) -> tuple[float, float, float]:
-        """(real tokens a second, share of padding, share of time that the loader made us wait)."""
-        now = time.perf_counter()
-        seconds = max(now - self.began, 1e-9)
-        result = (
-            self.tokens / seconds,
-            1 - self.tokens / self.places if self.places else 0.0,
-            self.wait / seconds,
-        )
-        self.tokens = self.places = self.wait = 0.0
-        self.began = now
-        return result
-
-
-class _Signals:
-    """SIGTERM and SIGINT end the run at the next step, with a checkpoint; a second one at once."""
-
-    def __init__(self, trainer: Trainer):
-        self.trainer = trainer
-        self.old: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.old[number] = signal.signal(number, self._catch)
-        except ValueError:
-            pass  # not the main thread (a notebook's, a test's): signals are not ours
-
-    def _catch(self, number: int, frame: Any) -> None:
-        if self.trainer._stop_signal:
-            raise KeyboardInterrupt
-        self.trainer._stop_signal = number
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)

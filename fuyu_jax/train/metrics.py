@@ -102,3 +102,31 @@ def _start_wandb(workdir: Path, config: dict[str, Any]):
     except ImportError:
         return None
     return wandb.init(project="fuyu_jax", dir=str(workdir), config=config, resume="allow")
+
+
+class Window:
+    """Tokens, padding and time since the last line."""
+
+    def __init__(self) -> None:
+        self.tokens = self.places = self.wait = 0.0
+        self.all_tokens = self.all_places = 0.0  # since the totals were last brought up to date
+        self.began = time.perf_counter()
+
+    def add(self, tokens: float, places: float) -> None:
+        self.tokens += tokens
+        self.places += places
+        self.all_tokens += tokens
+        self.all_places += places
+
+    def take(self) -> tuple[float, float, float]:
+        """(real tokens a second, share of padding, share of time that the loader made us wait)."""
+        now = time.perf_counter()
+        seconds = max(now - self.began, 1e-9)
+        result = (
+            self.tokens / seconds,
+            1 - self.tokens / self.places if self.places else 0.0,
+            self.wait / seconds,
+        )
+        self.tokens = self.places = self.wait = 0.0
+        self.began = now
+        return result

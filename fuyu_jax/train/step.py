@@ -44,9 +44,18 @@ class StepMetrics(NamedTuple):
 
 
 def create_state(
-    make_model: Callable[[], Decoder], optimizer: Callable[[Any], Any], mesh: Mesh
+    make_model: Callable[[], Decoder],
+    optimizer: Callable[[Any], Any],
+    mesh: Mesh,
+    read_params: Callable[[Any], Any] | None = None,
 ) -> tuple[nnx.GraphDef, TrainState, Any]:
     """Makes parameters and optimizer state, each born with its sharding.
+
+    Args:
+      make_model: with fresh parameters.
+      optimizer: of parameters or their shapes.
+      mesh: what the state lies on.
+      read_params: from the parameters' shapes to parameters on the mesh, instead of fresh ones.
 
     Returns:
       The model's graph definition, the state, and the state's shardings.
@@ -54,13 +63,21 @@ def create_state(
     graph, shapes = nnx.split(nnx.eval_shape(make_model))
     tx = optimizer(shapes)
 
-    def make() -> TrainState:
-        params = nnx.split(make_model())[1]
+    def begin(params: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, tx.init(params), zero)
 
+    def make() -> TrainState:
+        return begin(nnx.split(make_model())[1])
+
     shardings = state_shardings(jax.eval_shape(make), mesh)
-    return graph, jax.jit(make, out_shardings=shardings)(), shardings
+    if read_params is None:
+        return graph, jax.jit(make, out_shardings=shardings)(), shardings
+    params = read_params(shapes)
+    rest = jax.jit(
+        lambda p: begin(p)._replace(params=None), out_shardings=shardings._replace(params=None)
+    )
+    return graph, rest(params)._replace(params=params), shardings
 
 
 def make_train_step(
