@@ -42,11 +42,12 @@ from fuyu_jax.interop.exporting import to_hugging_face
 from fuyu_jax.interop.importing import to_work_folder
 from fuyu_jax.interop.store import StoredParams
 from fuyu_jax.interop.tensors import read_header
-from fuyu_jax.interop.tokenizer_file import write_tokenizer_json
+from fuyu_jax.interop.tokenizer_file import takes_images, write_tokenizer_json
 from fuyu_jax.interop.weights import model_shapes
 from fuyu_jax.model import make_decoder
 from fuyu_jax.parallel.mesh import make_mesh, paths
 from fuyu_jax.tokenizer import EOS_PIECE, IMAGE_PIECE, NEWLINE_PIECE
+from fuyu_jax.tokenizer_extend import extend_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,6 +142,8 @@ def test_transformers_opens_what_is_written_without_a_flag(tmp_path):
     assert type(processor).__name__ == "FuyuProcessor"
     assert processor.image_processor.patch_size["height"] == 6
     assert processor.tokenizer("A bus")["input_ids"] == fast.encode("A bus").ids
+    assert "images" not in result.stdout
+    assert takes_images(tmp_path / "back" / "tokenizer.json")
 
 
 def test_a_text_model_becomes_an_encoder_free_one_and_goes_back(tmp_path):
@@ -154,7 +157,9 @@ def test_a_text_model_becomes_an_encoder_free_one_and_goes_back(tmp_path):
     new = config.vocab_size - size  # the file's three unused rows too
     assert report.new["embedding"] == f"{new} rows around the mean row"
     written = to_hugging_face(tmp_path / "work", tmp_path / "back")
-    assert "fuyu over llama" in str(written) and not written.notes
+    assert "fuyu over llama" in str(written)
+    # Their processor takes a token away that only Fuyu's own vocabulary has before an image.
+    assert len(written.notes) == 1 and "no images" in written.notes[0]
     opened = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "back")
     params, read = read_params(tmp_path / "back")
     assert not read.new
@@ -195,7 +200,8 @@ def test_a_model_that_began_here_goes_to_transformers(tmp_path, tokenizer, tiny_
     checkpoints.save(5, params, {"count": jax.numpy.zeros(())}, {"row": 0}, config)
     checkpoints.close()
     written = to_hugging_face(tmp_path / "run", tmp_path / "back")
-    assert len(written.notes) == 2 and all("patch_head" in note for note in written.notes)
+    assert len(written.notes) == 3 and all("patch_head" in note for note in written.notes[:2])
+    assert "no images" in written.notes[2]
     opened = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "back")
     assert opened.config.image_token_id == tokenizer.image_id
     read, _ = read_params(tmp_path / "back")
@@ -212,6 +218,26 @@ def test_a_tokenizer_that_cannot_be_said_in_json_is_not_written(tmp_path):
     told = write_tokenizer_json(model, tmp_path)
     assert "gives other ids for" in told
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.model"]
+    # What came beside the model is not touched.
+    (tmp_path / "tokenizer_config.json").write_text('{"own": 1}')
+    assert write_tokenizer_json(model, tmp_path)
+    assert (tmp_path / "tokenizer_config.json").read_text() == '{"own": 1}'
+
+
+def test_a_runs_own_tokenizer_goes_back_and_not_the_sources(tmp_path):
+    """With --config.data.tokenizer a run has another than the folder that it began from."""
+    llama_json(tmp_path / "source")
+    extended = extend_tokenizer(tmp_path / "source", tmp_path / "mine")
+    model = text_model("llama", vocab_size=extended.vocab_size)
+    save(model, tmp_path / "source")
+    to_work_folder(tmp_path / "source", tmp_path / "work", image_tokens=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tmp_path / "mine" / name, tmp_path / "work" / name)
+    to_hugging_face(tmp_path / "work", tmp_path / "back")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "back")
+    assert processor.image_token_id == extended.tokenizer.image_id
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["image_token_id"] == extended.tokenizer.image_id
 
 
 def test_what_no_model_of_transformers_has_is_told(tmp_path, monkeypatch):

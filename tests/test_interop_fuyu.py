@@ -166,6 +166,17 @@ def flat_config(folder):
     (folder / "config.json").write_text(json.dumps(raw))
 
 
+def test_what_is_left_out_of_text_config_stands_outside(reference, tmp_path):
+    """transformers 4.36 to 4.44 wrote all fields outside, and inside what is no default."""
+    shutil.copyfile(reference[1] / "config.json", tmp_path / "config.json")
+    flat_config(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    heads = raw.pop("num_attention_heads")
+    raw["text_config"] = {"model_type": "persimmon", "num_attention_heads": heads}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "num_attention_heads": 64}))
+    assert describe(tmp_path).config == reference[2]
+
+
 def newest(model):
     """A model's tensors by their names in memory; `save_pretrained` of 5.23 writes others."""
     return {k: v.contiguous() for k, v in model.state_dict().items()}
@@ -276,6 +287,11 @@ def test_tensors_that_do_not_fit_are_told_in_one_line(reference, tmp_path, chang
         (lambda c: c["text_config"]["rope_parameters"].pop("rope_theta"), r'no "rope_theta" in it'),
         (lambda c: c["text_config"]["rope_parameters"].update(rope_type="yarn"), r"'yarn' is not"),
         (lambda c: c["text_config"].pop("hidden_size"), r'no "hidden_size" in it'),
+        (lambda c: c["text_config"].update(layer_norm_eps="x"), r"\"layer_norm_eps\" is 'x', not"),
+        (
+            lambda c: c["text_config"]["rope_parameters"].update(rope_theta="x"),
+            r"\"rope_theta\" is 'x', not a number",
+        ),
         (lambda c: c["text_config"].update(num_hidden_layers="3"), r"'3', not a positive integer"),
         (lambda c: c["text_config"].update(num_attention_heads=5), r"does not divide into 5 heads"),
         (lambda c: c.update(num_channels=1), r'"num_channels": 1 is not supported'),
@@ -317,7 +333,22 @@ def test_broken_files_are_told(reference, tmp_path):
     shutil.copyfile(folder / "config.json", tmp_path / "config.json")
     whole = (folder / "model.safetensors").read_bytes()
     file = tmp_path / "model.safetensors"
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+    def moved(begin, end):
+        """The last tensor with other bytes than its shape has."""
+        changed = json.loads(json.dumps(header))
+        name = max(changed, key=lambda k: changed[k].get("data_offsets", [0, 0])[1])
+        first, stop = changed[name]["data_offsets"]
+        changed[name]["data_offsets"] = [first + begin, stop + end]
+        text = json.dumps(changed).encode()
+        return len(text).to_bytes(8, "little") + text + data
+
     for content, message in (
+        (moved(0, -4), r"not those of its shape"),
+        (moved(4, 0), r"not those of its shape"),
+        (moved(-len(data) - 4, -len(data) - 4), r"not those of its shape"),
         (whole[:-100], r"cut off: \d+ bytes of \d+"),
         (b"\x80\x04" + whole[:50], r"not a safetensors file"),
         (b"", r"not a safetensors file"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ transformers = pytest.importorskip("transformers", reason="the referee is transf
 from interop_models import fuyu_model, save, text_model  # noqa: E402
 from made_tokenizers import fuyu_json, llama_json, qwen_json  # noqa: E402
 
+from fuyu_jax.interop.exporting import to_hugging_face  # noqa: E402
+from fuyu_jax.interop.importing import to_work_folder  # noqa: E402
 from fuyu_jax.tokenizer import Tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +104,9 @@ def test_64_greedy_tokens_are_theirs_batched_and_alone(fuyu):
         out = theirs.generate(**inputs, **arguments)[0, inputs["input_ids"].shape[1] :]
         alone.append(tuple(out.tolist()))
     assert len(set(alone)) > 3
+    made, inputs = their_inputs(ours, PROMPTS)  # padded on the left
+    out = theirs.generate(**inputs, **arguments)[:, made.input_ids.shape[1] :]
+    assert [tuple(row) for row in out.tolist()] == alone
     end = [ours.tokenizer.eos_id]
     for size in (1, len(PROMPTS), 4):
         found = ours.generate(PROMPTS, 64, batch_size=size, banned=end)
@@ -116,6 +122,47 @@ def test_an_answer_ends_where_their_files_say(fuyu, tmp_path):
     cut = ours.generate([PROMPTS[1]], 8, eos_ids=[stop])[0]
     assert cut.finished and cut.tokens == whole[1].tokens[:first]
     assert ours.eos_ids == (ours.tokenizer.eos_id,)
+
+
+def test_fuyu_ends_at_its_end_of_text_whatever_its_files_name(fuyu, tmp_path):
+    """Adept's files name </s>, 2; training here ends answers with |ENDOFTEXT|."""
+    _, ours = fuyu
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(ours.tokenizer.path).parent / name, tmp_path / name)
+    generation = tmp_path / "generation_config.json"
+    generation.write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    assert fuyu_jax.load(tmp_path).eos_ids == (ours.tokenizer.eos_id, 2)
+    to_work_folder(tmp_path, tmp_path / "work")
+    assert fuyu_jax.load(tmp_path / "work").eos_ids == (ours.tokenizer.eos_id, 2)
+    generation.write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(UserError, match=r"generation_config.json.*not token ids"):
+        fuyu_jax.load(tmp_path)
+
+
+def test_a_converted_folder_prepares_images_as_its_source_does(fuyu, tmp_path):
+    theirs, _ = fuyu
+    folder = save(theirs, tmp_path / "source")
+    fuyu_json(folder)
+    said = {"size": {"height": 40, "width": 56}, "padding_value": 9.0}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    y, x = np.mgrid[:120, :200]
+    smooth = np.stack([y, x, x + y], axis=2).astype(np.uint8)
+    Image.fromarray(smooth).save(tmp_path / "photo.jpg")
+    to_work_folder(folder, tmp_path / "work")
+    a, b = (
+        fuyu_jax.load(f).processor([[tmp_path / "photo.jpg"]]) for f in (folder, tmp_path / "work")
+    )
+    np.testing.assert_array_equal(a.input_ids, b.input_ids)
+    np.testing.assert_array_equal(a.patches, b.patches)
+    # Back, the file says how the run made them.
+    to_hugging_face(tmp_path / "work", tmp_path / "same")
+    assert json.loads((tmp_path / "same" / "preprocessor_config.json").read_text()) == said
+    config = json.loads((tmp_path / "work" / "config.json").read_text())
+    config["data"] |= {"pad_value": 255, "max_image_width": 80}
+    (tmp_path / "work" / "config.json").write_text(json.dumps(config))
+    to_hugging_face(tmp_path / "work", tmp_path / "other")
+    changed = json.loads((tmp_path / "other" / "preprocessor_config.json").read_text())
+    assert changed == {"size": {"height": 40, "width": 80}, "padding_value": 255.0}
 
 
 def test_score_is_the_sum_of_their_log_probabilities(fuyu):
@@ -243,6 +290,9 @@ def test_the_folder_says_how_images_are_prepared(fuyu, tmp_path):
     theirs, _ = fuyu
     folder = save(theirs, tmp_path / "own")
     fuyu_json(folder)
+    (folder / "preprocessor_config.json").write_text('{"size": {"height": "a", "width": 56}}')
+    with pytest.raises(UserError, match="not of positive integers"):
+        fuyu_jax.load(folder)
     (folder / "preprocessor_config.json").write_text(
         '{"size": {"height": 40, "width": 56}, "padding_value": 9.0}'
     )

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +17,15 @@ from jaxtyping import Array, Float32, Int32
 from fuyu_jax.batch import PackedBatch
 from fuyu_jax.config import MeshConfig, ModelConfig
 from fuyu_jax.data.example import BadImageError
-from fuyu_jax.data.layout import LayoutPolicy, lay_out
-from fuyu_jax.data.processor import FUYU_POLICY, Processor
+from fuyu_jax.data.layout import lay_out
+from fuyu_jax.data.processor import Processor
 from fuyu_jax.data.rows import PatchedExample, fill_row, with_pixels
 from fuyu_jax.errors import UserError
 from fuyu_jax.generate.engine import Answer, Engine, bucket
 from fuyu_jax.generate.loading import load_checkpoint
 from fuyu_jax.interop import describe, read_params
 from fuyu_jax.interop.files import KEPT, TOKENIZER_FILES, is_work_folder
+from fuyu_jax.interop.images import image_policy, read_json
 from fuyu_jax.model.decoder import Decoder, make_decoder
 from fuyu_jax.parallel.mesh import make_mesh
 from fuyu_jax.text_tokenizer import NoTokenizer, TextTokenizer
@@ -312,7 +312,7 @@ def _open_own(folder: Path, dtype: str, mesh: MeshConfig | None) -> PretrainedMo
     params = loaded.params
     if dtype != "float32":
         params = jax.tree.map(lambda x: x.astype(dtype), params)
-    eos = _ends(loaded.workdir / KEPT, None) or (loaded.tokenizer.eos_id,)
+    eos = _answer_ends(loaded.tokenizer, _ends(loaded.workdir / KEPT, None))
     config = loaded.config.model
     config = dataclasses.replace(
         config, vocab_size=config.vocab_size or loaded.tokenizer.vocab_size
@@ -342,43 +342,33 @@ def _open_theirs(
             lambda: make_decoder(config, image_id=opened.image_id, newline_id=opened.newline_id)
         )
     )
-    eos = _ends(folder, described.raw) or ((opened.eos_id,) if opened.eos_id >= 0 else ())
-    processor = Processor(opened, _policy(folder, config.patch_size))
+    eos = _answer_ends(opened, _ends(folder, described.raw))
+    processor = Processor(opened, image_policy(folder, config.patch_size))
     return PretrainedModel(processor, config, graph, params, eos, made)
 
 
-def _policy(folder: Path, patch_size: int) -> LayoutPolicy:
-    """Of the folder's image processor, where it says something."""
-    policy = dataclasses.replace(FUYU_POLICY, patch_size=patch_size)
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        found = _json(folder / name)
-        found = found.get("image_processor", found)
-        size = found.get("size") or {}
-        if isinstance(size, dict) and {"height", "width"} <= size.keys():
-            policy = dataclasses.replace(
-                policy, max_height=int(size["height"]), max_width=int(size["width"])
-            )
-        if isinstance(value := found.get("padding_value"), int | float) and 0 <= value <= 255:
-            policy = dataclasses.replace(policy, pad_value=int(value))
-    return policy
+def _answer_ends(tokenizer: Tokenizer, named: tuple[int, ...]) -> tuple[int, ...]:
+    """What ends an answer: what the files name, and `|ENDOFTEXT|`.
+
+    Fuyu's files name `</s>` (2), which it never says: its answers end with `|ENDOFTEXT|`.
+    """
+    own = (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
+    if named and tokenizer.answer_id is None:  # a text model's files are right
+        return named
+    return tuple(dict.fromkeys((*own, *named)))
 
 
 def _ends(folder: Path, config: dict[str, Any] | None) -> tuple[int, ...]:
-    """What ends an answer, from `generation_config.json` or else the model's config."""
-    for found in (_json(folder / "generation_config.json"), config or {}):
+    """What `generation_config.json`, or else the model's config, says to end an answer."""
+    file = folder / "generation_config.json"
+    for found, where in ((read_json(file), file), (config or {}, folder / "config.json")):
         text = found.get("text_config")
         for place in (found, text if isinstance(text, dict) else {}):
             ends = place.get("eos_token_id")
-            if ends is not None:
-                return tuple(ends) if isinstance(ends, list) else (int(ends),)
+            if ends is None:
+                continue
+            ends = ends if isinstance(ends, list) else [ends]
+            if not all(type(end) is int for end in ends):
+                raise UserError(f'{where}: "eos_token_id" is {ends}, not token ids')
+            return tuple(ends)
     return ()
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
-    return found if isinstance(found, dict) else {}

@@ -15,16 +15,18 @@ from fuyu_jax.config import ModelConfig, TrainConfig
 from fuyu_jax.errors import UserError
 from fuyu_jax.interop import fuyu
 from fuyu_jax.interop.files import (
+    KEPT,
     TOKENIZER_FILES,
     Origin,
     kept_files,
     read_origin,
     whole_or_nothing,
 )
+from fuyu_jax.interop.images import PROCESSOR_FILES, update_image_files
 from fuyu_jax.interop.mapping import FileTensor
 from fuyu_jax.interop.store import SLAB, StoredParams, find_step
 from fuyu_jax.interop.tensors import DTYPES, SHARD_BYTES, Tensor, write_tensors
-from fuyu_jax.interop.tokenizer_file import write_tokenizer_json
+from fuyu_jax.interop.tokenizer_file import takes_images, write_tokenizer_json
 from fuyu_jax.tokenizer import Tokenizer
 from fuyu_jax.vocabulary import JSON_FILE, MODEL_FILE
 
@@ -40,6 +42,11 @@ _CARRIED = (
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SCRATCH = "layers.partial"
 _TRAINING_ONLY = "patch_head/"  # the auxiliary loss's
+_NO_IMAGES = (
+    "transformers' processor opens and takes texts, but no images: of the placeholders it cuts off "
+    "the first token, a space that Fuyu's own vocabulary puts there and this one does not; feed "
+    "its model with fuyu_jax's Processor"
+)
 
 
 class WriteReport(NamedTuple):
@@ -210,9 +217,21 @@ def _config(
 
 
 def _image_token_id(origin: Origin | None, workdir: Path) -> int:
-    if origin is not None and origin.image_token_id is not None:
+    known = origin is not None and origin.image_token_id is not None
+    if known and (origin.extended or not _own_tokenizer(origin, workdir)):
         return origin.image_token_id
     return Tokenizer(workdir).image_id
+
+
+def _own_tokenizer(origin: Origin | None, workdir: Path) -> bool:
+    """Whether the run's tokenizer is another than the one that came with the weights."""
+    if origin is None or origin.extended:
+        return True
+    for name in (JSON_FILE, MODEL_FILE):
+        if (workdir / name).is_file():
+            kept = workdir / KEPT / name
+            return not kept.is_file() or kept.read_bytes() != (workdir / name).read_bytes()
+    return False
 
 
 def _other_files(
@@ -223,11 +242,11 @@ def _other_files(
     text_only: bool,
 ) -> list[str]:
     """Tokenizer, processor and generation files; returns what is lacking."""
-    extended = origin is None or origin.extended
-    for file in kept_files(workdir, tokenizer=not extended):
+    own = _own_tokenizer(origin, workdir)
+    for file in kept_files(workdir, tokenizer=not own):
         shutil.copyfile(file, folder / file.name)
     notes = []
-    if extended:
+    if own:
         for name in TOKENIZER_FILES:
             if (workdir / name).is_file():
                 shutil.copyfile(workdir / name, folder / name)
@@ -237,6 +256,8 @@ def _other_files(
             lacking = write_tokenizer_json(folder / MODEL_FILE, folder)
         if lacking:
             notes.append(f"{lacking}, so transformers' processor does not open")
+    if not text_only and (folder / JSON_FILE).is_file() and not takes_images(folder / JSON_FILE):
+        notes.append(_NO_IMAGES)
     file = folder / "generation_config.json"
     if not file.is_file() and (folder / JSON_FILE).is_file():
         with contextlib.suppress(UserError):  # a text model's, without image tokens
@@ -247,9 +268,9 @@ def _other_files(
                 "pad_token_id": tokenizer.pad_id,
             }
             file.write_text(json.dumps(ids, indent=2) + "\n")
-    if not text_only and not any(
-        (folder / n).is_file() for n in ("preprocessor_config.json", "processor_config.json")
-    ):
+    if not text_only and any((folder / name).is_file() for name in PROCESSOR_FILES):
+        update_image_files(folder, run)
+    elif not text_only:
         (folder / "preprocessor_config.json").write_text(
             json.dumps(_preprocessor(run), indent=2) + "\n"
         )

@@ -30,6 +30,12 @@ class Fields(NamedTuple):
             raise UserError(f'{self.where}: "{name}" is {value!r}, not a positive integer')
         return value
 
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.need(name) if default is None else self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f'{self.where}: "{name}" is {value!r}, not a number')
+        return float(value)
+
     def only(self, name: str, default: Any, *known: Any) -> Any:
         """A value that must be one of those supported here; the nearest is named."""
         value = self.get(name, default)
@@ -63,8 +69,7 @@ def rotary(fields: Fields, *, theta: float | None, fraction: float) -> dict[str,
             f'{fields.where}: "rope_parameters" differ from layer to layer; not supported'
         )
     both = Fields({**fields.values, **inner.values}, fields.where)
-    base = both.get("rope_theta", theta)
-    if base is None:
+    if both.get("rope_theta", theta) is None:
         raise UserError(
             f'{fields.where}: no "rope_theta" in it, and defaults differ between versions of '
             "transformers; write it there (Adept's Fuyu and Persimmon have 25000.0)"
@@ -72,17 +77,17 @@ def rotary(fields: Fields, *, theta: float | None, fraction: float) -> dict[str,
     kind = Fields({"rope_type": inner.get("rope_type", inner.get("type", "default"))}, fields.where)
     scaling = kind.only("rope_type", "default", "default", "linear", "llama3")
     read: dict[str, Any] = {
-        "rotary_base": float(base),
-        "rotary_fraction": float(both.get("partial_rotary_factor", fraction)),
+        "rotary_base": both.number("rope_theta", theta),
+        "rotary_fraction": both.number("partial_rotary_factor", fraction),
     }
     if scaling != "default":
-        read |= {"rotary_scaling": scaling, "rotary_factor": float(inner.need("factor"))}
+        read |= {"rotary_scaling": scaling, "rotary_factor": inner.number("factor")}
     if scaling == "llama3":
         length = fields.get("original_max_position_embeddings", None)
         length = length or inner.get("original_max_position_embeddings", None)
         read |= {
-            "rotary_low_freq": float(inner.need("low_freq_factor")),
-            "rotary_high_freq": float(inner.need("high_freq_factor")),
+            "rotary_low_freq": inner.number("low_freq_factor"),
+            "rotary_high_freq": inner.number("high_freq_factor"),
             "rotary_original_length": int(length or fields.need("max_position_embeddings")),
         }
     return read

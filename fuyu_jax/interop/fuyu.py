@@ -82,6 +82,9 @@ def describe(folder: Path) -> Described:
         text = Fields({**fields.values, "model_type": "persimmon"}, file)
     fields.only("num_channels", 3, 3)
     text_type = str(text.get("model_type", "persimmon"))
+    if text_type == "persimmon":
+        # 4.36 to 4.44 left out of `text_config` what is Persimmon's default; it stands outside.
+        text = Fields({**fields.values, **text.values}, file)
     values = _family(text_type, file, TEXT_TYPES).read(text, text_type)
     if fields.values.get("tie_word_embeddings") is not None:
         values["tie_embeddings"] = bool(fields.values["tie_word_embeddings"])

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh
 
 from fuyu_jax import config as config_lib
 from fuyu_jax.checkpoint import CONFIG_FILE
-from fuyu_jax.config import MeshConfig, ModelConfig, TrainConfig
+from fuyu_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from fuyu_jax.errors import UserError
 from fuyu_jax.interop import fuyu
 from fuyu_jax.interop.files import (
@@ -21,6 +21,7 @@ from fuyu_jax.interop.files import (
     origin_dtypes,
     whole_or_nothing,
 )
+from fuyu_jax.interop.images import image_policy
 from fuyu_jax.interop.store import Stored, write_params
 from fuyu_jax.interop.weights import ReadReport, Weights
 from fuyu_jax.parallel.mesh import AXES, state_shardings
@@ -69,6 +70,7 @@ def to_work_folder(
             model=dataclasses.replace(
                 weights.config, dtype="float32" if origin.dtype == "F32" else "bfloat16"
             ),
+            data=_data_config(source, described),
             mesh=mesh or MeshConfig(),
         )
         kept = keep_files(source, folder, origin)
@@ -98,6 +100,19 @@ def _model_config(
         size = max(config.vocab_size, extended.vocab_size)
         config = dataclasses.replace(config, vocab_size=size)
     return config
+
+
+def _data_config(source: Path, described: fuyu.Described) -> DataConfig:
+    """Images as the folder's processor makes them, so that both folders say the same."""
+    if not described.fuyu:
+        return DataConfig()
+    policy = image_policy(source, described.config.patch_size)
+    return DataConfig(
+        max_image_height=policy.max_height,
+        max_image_width=policy.max_width,
+        pad_value=policy.pad_value,
+        jpeg_draft=policy.draft,
+    )
 
 
 def _stored(weights: Weights, mesh: MeshConfig) -> Iterator[Stored]:

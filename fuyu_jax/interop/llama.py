@@ -41,7 +41,7 @@ def read(fields: Fields, model_type: str) -> dict[str, Any]:
         "head_dim": fields.size("head_dim", derived),
         "mlp_dim": fields.size("intermediate_size"),
         "norm": "rmsnorm",
-        "norm_eps": float(fields.get("rms_norm_eps", 1e-6)),
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
         "mlp": _ACTIVATIONS[activation],
         "qk_norm": model_type == "qwen3",
         "qkv_bias": biased or model_type == "qwen2",
@@ -49,7 +49,7 @@ def read(fields: Fields, model_type: str) -> dict[str, Any]:
         "mlp_bias": model_type == "llama" and bool(fields.get("mlp_bias", False)),
         "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
         "window": _window(fields, model_type),
-        "init_std": float(fields.get("initializer_range", 0.02)),
+        "init_std": fields.number("initializer_range", 0.02),
         **turning,
     }
 

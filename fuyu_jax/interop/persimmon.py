@@ -27,7 +27,7 @@ def read(fields: Fields, model_type: str) -> dict[str, Any]:
         "head_dim": dim // heads,
         "mlp_dim": fields.size("intermediate_size"),
         "norm": "layernorm",
-        "norm_eps": float(fields.get("layer_norm_eps", 1e-5)),
+        "norm_eps": fields.number("layer_norm_eps", 1e-5),
         "mlp": "relu2",
         "qk_norm": bool(fields.get("qk_layernorm", True)),
         "qkv_bias": True,
@@ -35,7 +35,7 @@ def read(fields: Fields, model_type: str) -> dict[str, Any]:
         "mlp_bias": True,
         "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
         "window": 0,
-        "init_std": float(fields.get("initializer_range", 0.02)),
+        "init_std": fields.number("initializer_range", 0.02),
         **rotary(fields, theta=None, fraction=0.5),
     }
 

@@ -57,7 +57,12 @@ def read_header(file: Path) -> dict[str, Entry]:
         entries, last = {}, 8 + length
         for name, item in header.items():
             first, stop = item["data_offsets"]
-            entries[name] = Entry(file, item["dtype"], tuple(item["shape"]), 8 + length + first)
+            entry = Entry(file, item["dtype"], tuple(item["shape"]), 8 + length + first)
+            kind, numbers = DTYPES.get(entry.dtype), math.prod(entry.shape)
+            wanted = kind.itemsize * numbers if kind else stop - first
+            if not 0 <= first <= stop or stop - first != wanted or min(entry.shape, default=0) < 0:
+                raise ValueError(f"{name}: bytes {first} to {stop} are not those of its shape")
+            entries[name] = entry
             last = max(last, 8 + length + stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a safetensors file ({error})") from None

@@ -2,12 +2,15 @@
 
 import json
 import random
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from fuyu_jax.errors import UserError
-from fuyu_jax.tokenizer import Tokenizer
-from fuyu_jax.vocabulary import JSON_FILE, import_tokenizers
+from fuyu_jax.interop.images import read_json
+from fuyu_jax.tokenizer import BOS_PIECE, IMAGE_PIECE, Tokenizer
+from fuyu_jax.vocabulary import CONFIG_FILE, JSON_FILE, import_tokenizers
 
 _SPACE = "\u2581"
 _TRIALS = 200
@@ -27,21 +30,35 @@ def write_tokenizer_json(model: Path, folder: Path) -> str:
         return str(error)
     except Exception as error:  # the library raises bare Exception
         return f"{model.name} cannot be converted ({' '.join(str(error).split())[:200]})"
-    file = folder / JSON_FILE
-    fast.save(str(file))
     pieces = [ours.piece(i) for i in range(ours.vocab_size)]
     names = {"bos_token": ours.bos_id, "eos_token": ours.eos_id, "pad_token": ours.pad_id}
     config: dict[str, Any] = {n: None if i is None else pieces[i] for n, i in names.items()}
+    config |= read_json(folder / CONFIG_FILE)  # what came with it stays
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config_file = folder / "tokenizer_config.json"
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
-    theirs = Tokenizer(file)
-    for text in _texts(pieces):
-        if ours.encode(text) != theirs.encode(text):
-            file.unlink()
-            config_file.unlink()
-            return f"a {JSON_FILE} of {model.name} gives other ids for {text!r}"
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / JSON_FILE
+        fast.save(str(file))
+        theirs = Tokenizer(file)
+        for text in _texts(pieces):
+            if ours.encode(text) != theirs.encode(text):
+                return f"a {JSON_FILE} of {model.name} gives other ids for {text!r}"
+        shutil.copyfile(file, folder / JSON_FILE)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return ""
+
+
+def takes_images(file: Path) -> bool:
+    """Whether transformers' FuyuProcessor can lay out images with a `tokenizer.json`.
+
+    It encodes placeholders and `<s>` as one text and always takes the first token away.
+    """
+    try:
+        fast = import_tokenizers().Tokenizer.from_file(str(file))
+    except UserError:
+        return True  # cannot be told
+    image, begin = fast.token_to_id(IMAGE_PIECE), fast.token_to_id(BOS_PIECE)
+    ids = fast.encode(f"{IMAGE_PIECE}{IMAGE_PIECE}{BOS_PIECE}", add_special_tokens=False).ids
+    return image is None or ids[1:] == [image, image, begin]
 
 
 def _texts(pieces: list[str]) -> list[str]:
