@@ -62,8 +62,11 @@ class ModelConfig:
     patch_loss_weight: float = 1.0
     patch_loss_layer: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
-    attention_backend: Literal["auto", "blockwise", "reference"] = "auto"
-    remat: Literal["none", "full"] = "none"
+    attention_backend: Literal["auto", "splash", "blockwise", "reference"] = "auto"
+    # What is kept of a layer for the backward pass: all of it; its input ("full"); that, queries,
+    # keys, values and attention's output ("minimal"); the same in the host's memory ("offload").
+    remat: Literal["none", "full", "minimal", "offload"] = "none"
+    z_loss: float = 0.0  # weight of (log of the softmax's denominator)², added to the loss
 
     @property
     def kv_heads(self) -> int:
@@ -217,11 +220,40 @@ class DataConfig:
     workers: int = 0  # processes that make rows; 0: threads of this one
 
 
+_AT_LEAST = {
+    "tokens_per_row": 1,
+    "patches_per_row": 0,
+    "max_image_height": 1,
+    "max_image_width": 1,
+    "pad_value": 0,
+    "plan_block": 1,
+    "easy_first_epochs": 0,
+    "max_bad_examples": 0,
+    "max_bad_share": 0,
+    "prefetch_rows": 1,
+    "threads": 1,
+    "workers": 0,
+}
+
+
+def check_data(config: DataConfig) -> None:
+    """Looks for numbers that mean nothing.
+
+    Raises:
+      UserError: names the field, its value and what it may be.
+    """
+    for name, least in _AT_LEAST.items():
+        if getattr(config, name) < least:
+            raise UserError(f"data.{name}={getattr(config, name)}: give {least} or more")
+    if config.pad_value > 255:
+        raise UserError(f"data.pad_value={config.pad_value}: give 0 to 255")
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """Optimizer and schedule."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     peak_lr: float = 1e-3
     end_lr_ratio: float = 0.1
     warmup_steps: int = 100
@@ -233,6 +265,9 @@ class OptimConfig:
     muon_lr: float = 0.02  # muon: of the layers' matrices; the rest takes peak_lr with AdamW
     # (regular expression over parameter paths, factor on the learning rate); the first match counts
     lr_multipliers: tuple[tuple[str, float], ...] = ()
+    # Of the first moment (adamw, muon); Adafactor has none, and its second moments are factored.
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    freeze: tuple[str, ...] = ()  # regular expressions over parameter paths: what does not learn
 
 
 @dataclass(frozen=True)
@@ -271,6 +306,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     progress: bool = True
+    profile_steps: str = ""  # "10:13" writes a trace of steps 10 to 12 into WORKDIR/profile
+    peak_flops: float = 0.0  # of one device, FLOP/s; 0: as known of its kind
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -285,6 +322,8 @@ RESUMABLE_CHANGES = frozenset(
         "workdir",
         "log_every",
         "progress",
+        "profile_steps",
+        "peak_flops",
         "checkpoint_every",
         "keep_checkpoints",
         "data.prefetch_rows",
@@ -363,6 +402,8 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         return value
     if hint == tuple[SourceConfig, ...]:
         return _sources(name, value)
+    if hint == tuple[str, ...]:
+        return _texts(name, value)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _group(hint(), name, value)
     if type(None) in typing.get_args(hint):
@@ -395,6 +436,19 @@ def _typed(name: str, hint: Any, value: Any) -> Any:
         return value
     except (ValueError, KeyError):
         raise UserError(f'config key "{name}": {value!r} is not of type {hint.__name__}') from None
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """Texts from a list, from its JSON, or one text by itself."""
+    if isinstance(value, str) and not value.lstrip().startswith("["):
+        return (value,) if value else ()
+    try:
+        texts = json.loads(value) if isinstance(value, str) else value
+        if isinstance(texts, list | tuple) and all(isinstance(t, str) for t in texts):
+            return tuple(texts)
+    except ValueError:
+        pass
+    raise UserError(f'config key "{name}": {value!r} is not a list such as ["embedding", "head"]')
 
 
 def _group(group: Any, name: str, value: Any) -> Any:

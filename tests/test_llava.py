@@ -97,9 +97,13 @@ def test_files_that_are_not(folder):
     (folder / "ok.json").write_text("[]")
     with pytest.raises(UserError, match="no such folder"):
         LlavaSource(folder / "ok.json", folder / "nowhere")
-    records = [{"id": "same", "conversations": talk("a", "b")}] * 2
-    with pytest.raises(UserError, match="records 0 and 1 have one id"):
-        source(folder, records)
+
+
+def test_ids_that_come_again_are_told_apart(folder):
+    records = [{"id": i, "conversations": talk("a", "b")} for i in ("same", "x", "same", None, 3)]
+    found = source(folder, [*records, {"conversations": talk("a", "b")}])
+    assert [found.id(i) for i in range(6)] == ["same", "x", "same#2", "3", "3#2", "5"]
+    assert found.repeated_ids == 2 and found[2].id == "same#2"
 
 
 def test_missing_and_broken_images_are_named_when_met(folder):
@@ -115,3 +119,26 @@ def test_missing_and_broken_images_are_named_when_met(folder):
         found[0]
     with pytest.raises(BadImageError, match=r"c\.png: cannot be read"):
         found[1]
+
+
+def test_marks_that_end_a_line_elsewhere_stand_in_a_text(folder):
+    text = "one\u2028two\x85three"
+    lines = [json.dumps({"conversations": talk("q", text)}, ensure_ascii=False)] * 2
+    (folder / "x.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    found = LlavaSource(folder / "x.jsonl")
+    assert len(found) == 2 and shape(found[1]) == [("q", False), (text, True)]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'{"conversations": []}\n\n{bad\n', r"not JSON or JSON Lines \(line 3: "),
+        (b'[\n{"conversations": []},\n{bad]', r"not JSON or JSON Lines \(line 3: "),
+        ('["ä"]'.encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_a_broken_file_is_one_line_with_its_place(folder, content, message):
+    (folder / "x.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        LlavaSource(folder / "x.jsonl")
+    assert "\n" not in str(error.value)

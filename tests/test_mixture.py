@@ -45,6 +45,17 @@ def test_proportions_hold_at_every_moment_of_100_000_draws():
     assert np.abs(counts[-1] - wanted[-1]).max() <= 2
 
 
+def test_many_small_sources_beside_a_large_one_stay_near_their_shares():
+    sizes = {f"s{i}": (7 + i, 0.005) for i in range(20)}
+    mixed = mixture(large=(1000, 0.9), **sizes)
+    parts = np.concatenate([mixed.draws(e).part for e in range(-(-20_000 // mixed.epoch_draws))])
+    counts = np.cumsum(parts[:, None] == np.arange(21), axis=0)
+    wanted = np.arange(1, len(parts) + 1)[:, None] * np.array([0.9, *[0.005] * 20])
+    # All small ones are due at the same moments: half of their number, and 1 for the rounding.
+    assert np.abs(counts - wanted).max() <= 21 / 2 + 1
+    assert np.abs(counts[-1] - wanted[-1]).max() <= 2
+
+
 def test_each_source_is_gone_through_whole_before_it_begins_again():
     mixed = mixture(a=(37, 2), b=(11, 1))
     seen = collections.defaultdict(list)
@@ -88,6 +99,8 @@ def test_draws_are_a_function_of_seed_and_epoch():
         ([("a", 5, 1), ("a", 5, 1)], 'two sources are named "a"'),
         ([("a", 5, 0)], "must be above 0"),
         ([("a", 5, float("nan"))], "must be above 0"),
+        ([("a", 5, 1e-7), ("b", 5, 1)], "weight 1e-07 .* must be above 0: 1e-6"),
+        ([("a", 5, float("inf")), ("b", 5, 1)], "weight inf"),
         ([("a", 0, 1)], "no examples"),
     ],
 )

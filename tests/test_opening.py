@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from PIL import Image as PilImage
 
 from fuyu_jax import config as config_lib
 from fuyu_jax.config import DataConfig, SourceConfig, TrainConfig
-from fuyu_jax.data.opening import open_sources
-from fuyu_jax.data.report import report
+from fuyu_jax.data.layout import LayoutPolicy
+from fuyu_jax.data.opening import open_sources, open_tokenizer
+from fuyu_jax.data.packed import PackedData
+from fuyu_jax.data.report import figures, report
 from fuyu_jax.errors import UserError
 from fuyu_jax.train import Trainer
 
@@ -88,6 +91,32 @@ def test_the_report_counts_what_is_packed(parts, tiny_config, tmp_path):
         assert re.search(
             rf"^{name}: {examples} examples, {tokens} tokens \(.*\), {patches} patches$", text, re.M
         )
+
+
+def test_samples_that_a_tar_has_no_example_for_are_told(parts, tiny_config, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name, size in (("a.jpg", 3), ("b.jpg", 3), ("c.heic", 3), ("c.txt", 3)):
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(b"red"))
+    web = {"name": "web", "kind": "webdataset", "train": str(tmp_path / "x.tar")}
+    text = report(mixture([*parts, web], tiny_config), tmp_path / "page")
+    assert "; web: 2 images have no text and are left out; web: 1 examples have no image" in text
+
+
+def test_the_report_counts_patches_that_are_dropped_as_drawn(parts, tiny_config, tmp_path):
+    config = config_lib.replace(
+        mixture(parts, tiny_config), {"data.token_drop": "[[0, 0.8], [1, 0.8]]"}
+    )
+    sources = open_sources(config.data)
+    tokenizer = open_tokenizer(sources, tmp_path)
+    policy = LayoutPolicy.of(config.model, config.data)
+    mixed = sources.open_mixture("train", config.model, config.seed)
+    data = PackedData(mixed, tokenizer, policy, config.data, config.seed)
+    found = figures(data)
+    for at, row in enumerate(data.row_source(0)[r] for r in range(data.plan(0).rows)):
+        assert found.used_tokens[at] == (row.batch.segment_ids[0] > 0).sum()
+        assert found.used_patches[at] == (row.batch.tokens[0] == tokenizer.image_id).sum()
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_the_plan_is_saved_and_its_settings_named(mixed, tmp_path):
     other = mixed(tokens_per_row=256)
     assert other.hash != data.hash
     changed = {k for k in data.settings if data.settings[k] != other.settings[k]}
-    assert changed == {"tokens_per_row"}
+    assert changed == {"tokens_per_row", "first_plan"}
     (tmp_path / "plan.npz").write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read"):
         Plan.load(tmp_path / "plan.npz")
@@ -187,3 +187,29 @@ def test_balanced_batches_have_rows_of_like_patch_counts(tokenizer, tmp_path):
         ids = [id for r in range(data.plan(0).rows) for id in data.row_source(0)[r].ids]
         assert sorted(ids) == sorted(source.id(i) for i in range(200))
     assert spread[1] < spread[0] / 2
+
+
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"plan_block": 0}, "data.plan_block=0: give 1 or more"),
+        ({"pad_value": 300}, "data.pad_value=300: give 0 to 255"),
+        ({"tokens_per_row": 0}, "data.tokens_per_row=0: give 1 or more"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_one_line(mixed, changes, told):
+    with pytest.raises(UserError, match=told):
+        mixed(**changes)
+
+
+def test_the_hash_knows_ids_and_the_planner(mixed, monkeypatch):
+    """Rows in another order never pass for the same run."""
+    before = mixed(plan_block=20).settings
+    other = mixed(plan_block=20)
+    monkeypatch.setattr(LlavaSource, "id", lambda self, i: f"new {i}")
+    changed = {k for k, v in other.settings.items() if before[k] != v}
+    assert changed == {"plain.ids", "chance.ids"}
+    monkeypatch.undo()
+    monkeypatch.setattr("fuyu_jax.data.plan.GOOD_FILL", 0.5)
+    third = mixed(plan_block=20)
+    assert {k for k, v in third.settings.items() if before[k] != v} == {"first_plan"}

@@ -87,6 +87,9 @@ def test_easy_first_goes_from_easy_to_hard_and_loses_none():
 def test_text_alone_needs_no_patches():
     plan = plan_of([100, 100, 50], [0, 0, 0], patches_per_row=0)
     assert plan.rows == 1
+    tokens = lengths(3000)[0]
+    none, some = (plan_of(tokens, tokens * 0, patches_per_row=p, block=256) for p in (0, 1))
+    assert none.hash == some.hash and none.max_wait_blocks > 0  # rows are recycled all the same
 
 
 def test_rows_keep_their_examples_when_they_are_put_in_order():
@@ -123,7 +126,8 @@ def test_the_recommended_patch_budget_costs_next_to_nothing():
 
 
 def write_csv(path, rows, header="height,width,text_tokens"):
-    path.write_text("\n".join([header, *(",".join(map(str, r)) for r in rows)]) + "\n")
+    text = "\n".join([header, *(",".join(map(str, r)) for r in rows)]) + "\n"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
     return path
 
 
@@ -153,6 +157,12 @@ def test_the_command_prints_one_json_object(tmp_path, capsys, monkeypatch):
         ([(1, 0, 5)], "height,width,text_tokens", [], "0,0 for no image"),
         ([(1, 1, "x")], "height,width,text_tokens", [], "line 2"),
         ([(1, 1, 1)], "h,w,t", [], "first line"),
+        ([(1, 1, 1), (480, 640, 2**31)], "height,width,text_tokens", [], "line 3"),
+        ([(1, 1, "9" * 200_000)], "height,width,text_tokens", [], "line 2"),
+        ([(1, 1, 1)], "\udcff,width", [], "first line"),
+        ([(1, 1, 1)], "height,width,text_tokens", ["--seed=-1"], "--seed=-1: must be 0"),
+        ([(1, 1, 1)], "height,width,text_tokens", ["--epoch=-1"], "--epoch=-1: must be 0"),
+        ([(1, 1, 1)], "height,width,text_tokens", ["--out=/no/folder/x.npz"], "--out=/no/folder"),
         ([(1, 1, 1)], "height,width,text_tokens", ["--tokens=0"], "--tokens=0"),
         ([(1, 1, 1)], "height,width,text_tokens", ["--patches=-1"], "--patches=-1"),
         ([(1, 1, 1)], "height,width,text_tokens", ["--token=5"], 'did you mean "--tokens"'),
@@ -165,6 +175,20 @@ def test_bad_input_to_the_command_is_one_line(tmp_path, monkeypatch, rows, heade
     with pytest.raises(UserError) as error:
         main()
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_mark_that_spreadsheets_write_is_passed_over(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [(60, 90, 10)], "\ufeffheight,width,text_tokens")
+    assert read_lengths(path, 30)[1].tolist() == [6]
+
+
+def test_a_plan_that_is_cut_short_is_one_line(tmp_path):
+    plan_of([5], [1]).save(tmp_path / "p.npz")
+    whole = (tmp_path / "p.npz").read_bytes()
+    for size in (0, 100, len(whole) - 30):
+        (tmp_path / "p.npz").write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cannot be read"):
+            Plan.load(tmp_path / "p.npz")
 
 
 def test_a_missing_file_is_one_line(tmp_path):

@@ -6,10 +6,13 @@ import itertools
 import numpy as np
 import pytest
 from conftest import write_llava
+from PIL import Image as PilImage
 
 from fuyu_jax.config import DataConfig
 from fuyu_jax.data.layout import LayoutPolicy
+from fuyu_jax.data.lengths import BadExamples
 from fuyu_jax.data.packed import PackedData, Position
+from fuyu_jax.data.sources.common import opened
 from fuyu_jax.data.sources.llava import LlavaSource
 from fuyu_jax.errors import TrainingStoppedError
 from fuyu_jax.patches import grid_of, unpatchify
@@ -129,3 +132,26 @@ def test_the_hash_holds_difficulties_where_they_order_the_rows(llava_json, token
 
     assert hash_of(LlavaSource, 0) == hash_of(Harder, 0)
     assert hash_of(LlavaSource, 1) != hash_of(Harder, 1)
+
+
+def test_an_image_that_has_grown_since_the_plan_ends_no_run(tmp_path, tokenizer):
+    path = write_llava(tmp_path / "a", 12)
+    config = dataclasses.replace(CONFIG, max_bad_examples=12)
+    data = PackedData(LlavaSource(path), tokenizer, POLICY, config, seed=0)
+    opened.cache_clear()
+    for image in path.parent.rglob("*.png"):
+        PilImage.new("RGB", (300, 300)).save(image)
+    skipped = [s for r in range(data.plan(0).rows) for s in data.row_source(0)[r].skipped]
+    opened.cache_clear()
+    assert skipped and all("grown since the plan" in reason for _, reason in skipped)
+
+
+def test_a_line_of_bad_examples_that_a_kill_cut_short_is_passed_over(tmp_path):
+    path = tmp_path / "bad_examples.jsonl"
+    path.write_text('{"id": "a", "reason": "x"}\n{"id": "b", "rea')
+    bad = BadExamples(5, quiet=True)
+    bad.add("a", "x")
+    bad.add("b", "y")
+    bad.keep_in(path)
+    lines = path.read_text().splitlines()
+    assert len(lines) == 3 and lines[2] == '{"id": "b", "reason": "y"}'

@@ -209,3 +209,10 @@ def test_missing_images_are_named_when_read(folder):
 def test_plain_text_is_no_answer_to_ask_for():
     example = Example("x", (Text("a", train=True), Text("b", train=True, plain=True)))
     assert split_answer(example)[1] == "a"
+
+
+@pytest.mark.parametrize("limit", ["max_chars", "max_images"])
+def test_a_limit_below_nothing_is_one_line(folder, limit):
+    path = write(folder / "x.jsonl", {"texts": ["a b"], "images": [None]})
+    with pytest.raises(UserError, match=f"{limit}=-5: give 1 or more"):
+        InterleavedSource(path, **{limit: -5})

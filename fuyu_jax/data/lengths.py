@@ -1,5 +1,6 @@
 """How long examples are, from headers alone; and the examples that cannot be read."""
 
+import contextlib
 import dataclasses
 import json
 import threading
@@ -63,7 +64,12 @@ class BadExamples:
             self.path = path
             known = set()
             if path.is_file():
-                known = {json.loads(x)["id"] for x in path.read_text().splitlines() if x.strip()}
+                text = path.read_text(encoding="utf-8")
+                for line in text.split("\n"):
+                    with contextlib.suppress(ValueError, KeyError):  # cut short by a kill
+                        known.add(json.loads(line)["id"])
+                if text and not text.endswith("\n"):
+                    path.write_text(text + "\n", encoding="utf-8")
             self._write({k: v for k, v in self.reasons.items() if k not in known})
 
     def _write(self, reasons: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Several sources in fixed proportion: draw d is a function of d, the weights and the seed.
 
-Among the first n draws a source of weight w has w·n, within one, for every n: no chance, no drift.
+Among the first n draws a source of weight w has w·n to within one and half the number of sources,
+for every n: no chance, no drift.
 Each source is gone through in an order of its own, every example once in each of its epochs.
 """
 
@@ -58,8 +59,10 @@ class Mixture:
         for p in parts:
             if names.count(p.name) > 1:
                 raise UserError(f'mixture: two sources are named "{p.name}"')
-            if not p.weight > 0:
-                raise UserError(f'mixture: weight {p.weight} of "{p.name}" must be above 0')
+            if not 1e-6 <= p.weight < float("inf"):  # as fine as proportions are kept
+                raise UserError(
+                    f'mixture: weight {p.weight} of "{p.name}" must be above 0: 1e-6 or more'
+                )
             if not len(p.source):
                 raise UserError(f'mixture: source "{p.name}" has no examples')
         self.parts = tuple(parts)

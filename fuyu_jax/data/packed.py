@@ -6,8 +6,10 @@ on workers, threads or hosts.
 
 import bisect
 import dataclasses
+import functools
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from absl import flags
 from jaxtyping import UInt8
 
 from fuyu_jax.batch import PackedBatch
-from fuyu_jax.config import DataConfig, digest
+from fuyu_jax.config import DataConfig, check_data, digest
 from fuyu_jax.data.cleaning import CleanedSource
 from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.data.lengths import BadExamples, Lengths, measure, measure_visit
@@ -25,6 +27,7 @@ from fuyu_jax.data.mixture import Draws, Mixture, Part
 from fuyu_jax.data.plan import Plan, make_plan
 from fuyu_jax.data.rows import Buffers, Row, RowSource, visit_of
 from fuyu_jax.data.sources.base import Source
+from fuyu_jax.data.sources.common import counted
 from fuyu_jax.errors import UserError
 from fuyu_jax.tokenizer import Tokenizer
 
@@ -47,6 +50,14 @@ class Batch(NamedTuple):
 
 # Worker processes are started anew for each run of epochs that has so many rows.
 _ROWS_OF_WORKERS = 4096
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    """A short hash of byte strings and where each ends."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()[:16]
 
 
 class _Picked:
@@ -82,6 +93,8 @@ class PackedData:
       policy: for their images; a mixture brings its own.
       config: budgets and loading.
       seed: of the order.
+      balance_rows: of a global batch, whose rows are to have about equally many patches; 0: not.
+      quiet: say nothing of bad examples (another host does).
 
     Raises:
       UserError: no example fits a row.
@@ -96,7 +109,9 @@ class PackedData:
         config: DataConfig,
         seed: int,
         balance_rows: int = 0,
+        quiet: bool = False,
     ):
+        check_data(config)
         if not isinstance(source, Mixture):
             source = Mixture([Part("all", source, 1.0, policy)], seed)
         self.mixture = source
@@ -107,7 +122,7 @@ class PackedData:
         total = sum(source.sizes)
         cleaned = [p for p in source.parts if isinstance(p.source, CleanedSource)]
         left_out = sum(len(p.source.source) - len(p.source) for p in cleaned)
-        self.bad = BadExamples.under(config, total + left_out)
+        self.bad = BadExamples.under(config, total + left_out, quiet=quiet)
         labels = {p.name: f"{p.name}/" if len(source.parts) > 1 else "" for p in source.parts}
         for part in cleaned:
             for id, reason in part.source.unreadable:
@@ -126,9 +141,9 @@ class PackedData:
                 "data.patches_per_row, or lower data.max_image_height and data.max_image_width"
             )
 
-    @property
+    @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """Everything that decides which rows come in which order."""
+        """Everything that decides which rows come in which order, and what that comes to."""
         config = self.config
         settings: dict[str, Any] = {
             "seed": self.seed,
@@ -142,17 +157,20 @@ class PackedData:
             about: dict[str, Any] = {
                 "weight": part.weight,
                 "examples": len(part.source),
-                "lengths": digest([lengths.tokens.tolist(), lengths.patches.tolist()]),
+                "ids": _digest(part.source.id(i).encode() for i in range(len(part.source))),
+                "lengths": _digest([lengths.tokens.tobytes(), lengths.patches.tobytes()]),
                 "policy": dataclasses.asdict(part.policy),
             }
             if config.easy_first_epochs:
-                about["difficulty"] = digest(lengths.difficulty.tolist())
+                about["difficulty"] = _digest([lengths.difficulty.tobytes()])
             if isinstance(part.source, CleanedSource):
                 about |= {f"cleaning.{k}": v for k, v in part.source.settings.items()}
             settings |= {f"{part.name}.{k}": v for k, v in about.items()}
+        # Another planner makes other rows of the same settings.
+        settings["first_plan"] = self.plan(0).hash
         return json.loads(json.dumps(settings))
 
-    @property
+    @functools.cached_property
     def hash(self) -> str:
         return digest(self.settings)
 
@@ -253,6 +271,10 @@ class PackedData:
             text += f"; {len(left_out)} examples fit no row and are left out ({first}, ...)"
         if empty := sum(x.empty for x in self.lengths):
             text += f"; {empty} examples are empty and are left out"
+        for part in self.mixture.parts:
+            source = getattr(part.source, "source", part.source)  # of one that is cleaned
+            for told in counted(source).values():
+                text += f"; {part.name}: {told}"
         if self.bad.reasons:
             text += f"; {len(self.bad.reasons)} examples have bad images and are left out"
         return text

@@ -13,6 +13,8 @@ import dataclasses
 import hashlib
 import json
 import time
+import zipfile
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +84,7 @@ class Plan:
         try:
             with np.load(path) as found:
                 fields = {f.name: found[f.name] for f in dataclasses.fields(cls)}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"plan {path}: cannot be read ({error})") from None
         return cls(**{k: v if v.ndim else v.item() for k, v in fields.items()})
 
@@ -169,9 +171,8 @@ def make_plan(
         rows, free_tokens, free_patches = _first_fit(
             order, tokens, patches, tokens_per_row, patches_per_row
         )
-        filled = 1 - np.minimum(
-            free_tokens / tokens_per_row, free_patches / max(patches_per_row, 1)
-        )
+        free_share = free_patches / patches_per_row if patches_per_row else 1  # not the tighter
+        filled = 1 - np.minimum(free_tokens / tokens_per_row, free_share)
         last = at + block >= len(shuffled)
         kept: list[list[int]] = []
         back: list[int] = []
@@ -306,7 +307,7 @@ def read_lengths(
     path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"--lengths={path}: no such file; it has lines height,width,text_tokens")
-    tokens, patches = [], []
+    tokens, patches = array("q"), array("q")
     known: dict[tuple[str, str], tuple[int, int]] = {}
 
     def measured(heights: str, widths: str) -> tuple[int, int]:
@@ -318,25 +319,26 @@ def read_lengths(
         grids = [grid_of(*s, patch_size, max_height, max_width) for s in zip(*sides, strict=True)]
         return sum(g.tokens for g in grids), sum(g.patches for g in grids)
 
-    with path.open(newline="", encoding="utf-8") as file:
+    # Spreadsheets put a mark before the first line; what is not UTF-8 is no count either.
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         lines = csv.reader(file)
-        if (header := next(lines, None)) != ["height", "width", "text_tokens"]:
-            raise UserError(f"{path}: the first line is {header}, not height,width,text_tokens")
-        for line in lines:
-            try:
+        if (line := next(lines, None)) != ["height", "width", "text_tokens"]:
+            raise UserError(f"{path}: the first line is {line}, not height,width,text_tokens")
+        try:
+            for line in lines:
                 heights, widths, count = line
-                if (text := int(count)) < 0:
-                    raise ValueError
                 if (heights, widths) not in known:
                     known[heights, widths] = measured(heights, widths)
-            except ValueError:
-                raise UserError(
-                    f"{path}, line {lines.line_num}: {','.join(line)!r} is not height,width,"
-                    "text_tokens (0,0 for no image)"
-                ) from None
-            image_tokens, image_patches = known[heights, widths]
-            tokens.append(image_tokens + text + 2)
-            patches.append(image_patches)
+                length = known[heights, widths][0] + int(count) + 2
+                if int(count) < 0 or length > np.iinfo(np.int32).max:
+                    raise ValueError
+                tokens.append(length)
+                patches.append(known[heights, widths][1])
+        except (ValueError, csv.Error):
+            raise UserError(
+                f"{path}, line {lines.line_num}: {','.join(line)[:80]!r} is not height,width,"
+                "text_tokens (0,0 for no image)"
+            ) from None
     return np.asarray(tokens, np.int32), np.asarray(patches, np.int32)
 
 
@@ -345,20 +347,17 @@ def main() -> None:
     flags.add_argument("--lengths", required=True, help="CSV: height,width,text_tokens")
     flags.add_argument("--tokens", type=int, required=True, help="tokens a row")
     flags.add_argument("--patches", type=int, required=True, help="patches a row")
-    flags.add_argument("--patch_size", type=int, default=30)
-    flags.add_argument("--max_height", type=int, default=1080)
-    flags.add_argument("--max_width", type=int, default=1920)
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--epoch", type=int, default=0)
+    sizes = {"patch_size": 30, "max_height": 1080, "max_width": 1920}
+    for name, default in (sizes | {"seed": 0, "epoch": 0}).items():
+        flags.add_argument(f"--{name}", type=int, default=default)
     flags.add_argument("--block", type=int, default=4096, help="examples planned together")
     flags.add_argument("--balance_rows", type=int, default=0, help="rows of a global batch")
     flags.add_argument("--out", help="where to save the plan (.npz)")
     args, overrides = cli.parse(flags)
     if overrides:
         raise UserError("the planner takes no --config flags")
-    _check_positive(args, ("tokens", "patch_size", "max_height", "max_width", "block"))
-    if args.patches < 0:
-        raise UserError(f"--patches={args.patches}: must be 0 or more")
+    _check_least(args, 1, ("tokens", "block", *sizes))
+    _check_least(args, 0, ("patches", "seed", "epoch", "balance_rows"))
     tokens, patches = read_lengths(args.lengths, args.patch_size, args.max_height, args.max_width)
     began = time.perf_counter()
     plan = make_plan(
@@ -373,7 +372,11 @@ def main() -> None:
     )
     seconds = time.perf_counter() - began
     if args.out:
-        plan.save(args.out)
+        try:
+            plan.save(args.out)
+        except OSError as error:
+            raise UserError(f"--out={args.out}: {error.strerror or error}") from None
+    best = recommend_patches(tokens, patches, tokens_per_row=args.tokens, seed=args.seed)
     report = {
         "rows": plan.rows,
         "examples": len(plan.examples),
@@ -382,18 +385,15 @@ def main() -> None:
         "microseconds_per_example": seconds * 1e6 / max(len(tokens), 1),
         "max_wait_blocks": plan.max_wait_blocks,
         "oversize": len(plan.oversize),
-        "recommended_patches": recommend_patches(
-            tokens, patches, tokens_per_row=args.tokens, seed=args.seed
-        ),
+        "recommended_patches": best,
         "hash": plan.hash,
     }
     print(json.dumps(report, indent=2))
 
 
-def _check_positive(args: argparse.Namespace, names: tuple[str, ...]) -> None:
-    for name in names:
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: must be 1 or more")
+def _check_least(args: argparse.Namespace, least: int, names: tuple[str, ...]) -> None:
+    if low := [n for n in names if getattr(args, n) < least]:
+        raise UserError(f"--{low[0]}={getattr(args, low[0])}: must be {least} or more")
 
 
 if __name__ == "__main__":

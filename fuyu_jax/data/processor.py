@@ -35,6 +35,7 @@ from fuyu_jax.tokenizer import Location, Tokenizer
 FUYU_POLICY = LayoutPolicy(patch_size=30, draft=False)
 
 Side = Literal["left", "right"]
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".ppm")
 
 
 class Processed(NamedTuple):
@@ -84,7 +85,8 @@ class Processor:
     """Prompts in, text and boxes out.
 
     A prompt is a text, or a list in order of texts, images (`PIL.Image`, `uint8[h, w, 3]`, a
-    `Path`) and token ids (a list or array of integers, taken as they are). A file is turned upright
+    `Path`, a string that is the path of an image file that is there) and token ids (a list or array
+    of integers, taken as they are). A file is turned upright
     by its EXIF; a `PIL.Image` is taken as it is. Both may be of any mode. In a text, boxes are
     `<box>top, left, bottom, right</box>` and points `<point>x, y</point>`, in pixels of the image
     before them.
@@ -120,7 +122,7 @@ class Processor:
         if isinstance(part, Text | Image | Tokens):
             return part
         if isinstance(part, str):
-            return Text(part)
+            return open_image(Path(part)) if _names_image(part) else Text(part)
         if isinstance(part, Path):
             return open_image(part)
         if isinstance(part, PilImage.Image):
@@ -249,3 +251,13 @@ class Processor:
                 ids = ids[: ids.index(self.tokenizer.eos_id)]
             texts.append(self.tokenizer.decode(ids, scale))
         return texts
+
+
+def _names_image(text: str) -> bool:
+    """Whether a text is the path of an image file that is there."""
+    if len(text) > 1000 or "\0" in text or not text.lower().endswith(_SUFFIXES):
+        return False
+    try:
+        return Path(text).is_file()
+    except OSError:  # a name that no file can have
+        return False

@@ -9,10 +9,12 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int64
 
 from fuyu_jax import cli, config
 from fuyu_jax.config import TrainConfig
 from fuyu_jax.data.layout import LayoutPolicy
+from fuyu_jax.data.lengths import measure_visit
 from fuyu_jax.data.opening import open_sources, open_tokenizer
 from fuyu_jax.data.packed import PackedData
 from fuyu_jax.errors import UserError, run_main
@@ -28,11 +30,11 @@ class Figures:
     by_source: examples, tokens and patches of each source, by name.
     """
 
-    used_tokens: np.ndarray
-    used_patches: np.ndarray
-    examples: np.ndarray
-    tokens: np.ndarray
-    patches: np.ndarray
+    used_tokens: Int64[np.ndarray, "rows"]
+    used_patches: Int64[np.ndarray, "rows"]
+    examples: Int64[np.ndarray, "rows"]
+    tokens: Int64[np.ndarray, "packed"]
+    patches: Int64[np.ndarray, "packed"]
     by_source: dict[str, tuple[int, int, int]]
 
 
@@ -46,6 +48,10 @@ def figures(data: PackedData) -> Figures:
     for k, (source, lengths) in enumerate(zip(data.mixture.parts, data.lengths, strict=True)):
         here = part == k
         tokens[here], patches[here] = lengths.tokens[index[here]], lengths.patches[index[here]]
+        if source.policy.changes:  # as drawn in this epoch
+            for at in np.flatnonzero(here):
+                visit = rows.visit(int(plan.examples[at]))
+                tokens[at], patches[at] = measure_visit(source, lengths, data.tokenizer, visit)
         sums = int(here.sum()), int(tokens[here].sum()), int(patches[here].sum())
         by_source[source.name] = sums
     first = plan.offsets[:-1]
@@ -74,8 +80,6 @@ def as_text(data: PackedData, found: Figures) -> str:
         f"patches an example: {spread(found.patches)}",
         f"examples a row: {spread(found.examples)}",
     ]
-    if any(part.policy.changes for part in data.mixture.parts):
-        lines.append("(sizes and dropped patches left to chance are counted at their largest)")
     total = max(int(found.tokens.sum()), 1)
     for name, (examples, tokens, patches) in found.by_source.items():
         share = tokens / total

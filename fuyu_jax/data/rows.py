@@ -56,6 +56,12 @@ class _Filler:
         self.batch, self.row = batch, row
         self.segment = self.at = self.patch_at = 0
 
+    def has_room(self, layout: Layout) -> bool:
+        tokens, patches = self.batch.tokens.shape[1], self.batch.patches.shape[1]
+        return (
+            self.at + len(layout.tokens) <= tokens and self.patch_at + layout.num_patches <= patches
+        )
+
     def tokens(self, layout: Layout) -> None:
         batch, row, at = self.batch, self.row, self.at
         stop = at + len(layout.tokens)
@@ -193,6 +199,8 @@ class RowSource:
             try:
                 example = part.source[at]
                 layout = lay_out(example, self.tokenizer, part.policy, visit=self.visit(int(d)))
+                if not filler.has_room(layout):  # or the row's last examples do not fit
+                    raise BadImageError("an image or text has grown since the plan was made")
                 filler.images(example, layout, part.policy)
             except BadImageError as error:
                 skipped.append((self.name(int(d)), str(error)))

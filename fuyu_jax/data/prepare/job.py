@@ -16,6 +16,7 @@ from fuyu_jax.data.opening import open_source
 from fuyu_jax.data.prepare.folder import open_folder, write
 from fuyu_jax.data.sources import LlavaSource, Source, TfdsSource
 from fuyu_jax.data.sources.array_record import ArrayRecordSource
+from fuyu_jax.data.sources.common import counted
 from fuyu_jax.errors import UserError
 from fuyu_jax.tokenizer import Tokenizer
 
@@ -68,6 +69,7 @@ class Job:
     examples: int
     shards: int
     tokenizer: str  # digest
+    counts: dict[str, int]  # what the source left out, split or renamed
 
     @property
     def names(self) -> list[str]:
@@ -111,7 +113,7 @@ def make_job(settings: Settings, out: str, shard_count: int = 0) -> Job:
         least = 1 if name == "shard_size_mb" else 0
         if getattr(settings, name) < least:
             raise UserError(f"--{name}={getattr(settings, name)}: must be {least} or more")
-    counted = _tokenizer(settings.tokenizer)
+    tokenizer = _tokenizer(settings.tokenizer)
     source = _open(settings)
     if not len(source):
         raise UserError(f"{settings.source}: no examples in it")
@@ -122,7 +124,8 @@ def make_job(settings: Settings, out: str, shard_count: int = 0) -> Job:
         files,
         len(source),
         shard_count or _shard_count(settings, source, files),
-        shards.tokenizer_digest(counted) if counted else "",
+        shards.tokenizer_digest(tokenizer) if tokenizer else "",
+        {name: getattr(source, name) for name in counted(source)},
     )
 
 

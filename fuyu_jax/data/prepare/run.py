@@ -243,6 +243,7 @@ def _finish(job: Job, folder: Folder, done: list[Done]) -> dict[str, Any]:
         "bytes": sum(one.bytes for one in done),
         "bad": sum(len(one.bad) for one in done),
         "empty": sum(one.empty for one in done),
+        **job.counts,
     }
     files = [
         {"file": name, "records": one.records, "bytes": one.bytes}

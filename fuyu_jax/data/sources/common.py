@@ -237,3 +237,16 @@ def largest_side(source: Any) -> int:
             continue  # told when its example is met
         side = max([side, *(max(i.height, i.width) for i in images)])
     return side
+
+
+_COUNTS = {
+    "without_text": "{} images have no text and are left out",
+    "without_image": "{} examples have no image",
+    "repeated_ids": "{} ids come again and got #2, #3, ...",
+    "split_documents": "{} documents were split",
+}
+
+
+def counted(source: Any) -> dict[str, str]:
+    """What a source did with its records, in words; nothing where there is nothing to tell."""
+    return {k: t.format(n) for k, t in _COUNTS.items() if (n := getattr(source, k, 0))}

@@ -30,11 +30,15 @@ class DocumentSource:
         a word is longer), and nothing is lost. `split_documents` of them were split.
 
     Raises:
-      UserError: a file is missing or holds no line; with a limit also what `__getitem__` finds.
+      UserError: a file is missing or holds no line; a limit below 0; with a limit also what
+        `__getitem__` finds.
     """
 
     def __init__(self, files: common.Patterns, max_images: int = 0, max_chars: int = 0):
         self.paths = common.expand(files, "JSON Lines files")
+        for name, limit in (("max_images", max_images), ("max_chars", max_chars)):
+            if limit < 0:
+                raise UserError(f"{name}={limit}: give 1 or more, or 0 for no limit")
         self.max_images, self.max_chars = max_images, max_chars
         self._names, _ = common.unique(path.stem for path in self.paths)
         self._first = [0]  # of each file, its first line's place in the arrays

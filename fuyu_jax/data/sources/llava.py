@@ -16,12 +16,15 @@ from fuyu_jax.data.sources.common import (
     family,
     largest_side,
     opened,
+    unique,
 )
 from fuyu_jax.errors import UserError
 
 
 class LlavaSource:
     """Records of a LLaVA-style file.
+
+    An id that comes again gets `#2`, `#3`, ... (`repeated_ids` of them).
 
     Args:
       path: the JSON or JSONL file.
@@ -41,18 +44,14 @@ class LlavaSource:
         self.records = _read_records(self.path)
         for at, record in enumerate(self.records):
             _check(record, f"{self.path}, record {at}")
-        seen: dict[str, int] = {}
-        for at in range(len(self.records)):
-            if (first := seen.setdefault(self.id(at), at)) != at:
-                raise UserError(
-                    f"{self.path}: records {first} and {at} have one id, {self.id(at)!r}"
-                )
+        given = (at if r.get("id") is None else r["id"] for at, r in enumerate(self.records))
+        self._ids, self.repeated_ids = unique(map(str, given))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def id(self, index: int) -> str:
-        return str(self.records[index].get("id", index))
+        return self._ids[index]
 
     def __getitem__(self, index: int) -> Example:
         record = self.records[index]
@@ -72,15 +71,24 @@ class LlavaSource:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    line = 0  # those before the text that is read
     try:
+        text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        records = []
+        # Not splitlines(): a text may hold other marks that end a line (U+2028).
+        for one in text.split("\n"):
+            if one.strip():
+                records.append(json.loads(one))
+            line += 1
+        return records
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}: not JSON or JSON Lines (line {error.lineno}: {error.msg})"
+            f"{path}: not JSON or JSON Lines (line {line + error.lineno}: {error.msg})"
         ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def _image_paths(record: dict[str, Any]) -> list[Any]:
