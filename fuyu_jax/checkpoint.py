@@ -177,7 +177,8 @@ def check_workdir(workdir: Path, config: TrainConfig) -> bool:
         if changed:
             told = "; ".join(f"{k} is {b!r} there, {a!r} here" for k, (a, b) in changed.items())
             raise UserError(
-                f"work folder {workdir} belongs to another config: {told}. Give another --workdir"
+                f"work folder {workdir} belongs to another config: {told}. Give another --workdir "
+                f"(and --config.init_from={workdir} to begin with its parameters)"
             )
         return True
     if workdir.exists() and not workdir.is_dir():

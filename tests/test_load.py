@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -31,6 +32,7 @@ from made_tokenizers import fuyu_json, llama_json, qwen_json  # noqa: E402
 from fuyu_jax.interop.exporting import to_hugging_face  # noqa: E402
 from fuyu_jax.interop.importing import to_work_folder  # noqa: E402
 from fuyu_jax.tokenizer import Tokenizer  # noqa: E402
+from fuyu_jax.tokenizer_extend import extend_tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 # Float32 on both sides with sums in other orders; the issue's bound.
@@ -325,3 +327,34 @@ def test_one_of_our_own_checkpoints(tiny_config, tmp_path):
     # bfloat16 has 8 bits: two layers of it stay within a few parts in a hundred.
     a, b = half.logits(prompts[0]), ours.logits(prompts[0])
     assert np.abs(a - b).max() < 0.1 * np.abs(b).max()
+
+
+def test_a_work_folder_without_image_tokens(tmp_path):
+    folder = tmp_path / "text"
+    size = Tokenizer(extend_tokenizer(llama_json(folder), tmp_path / "more").tokenizer.path)
+    model = text_model("llama", vocab_size=size.vocab_size)
+    to_work_folder(save(model, folder), tmp_path / "run", image_tokens=False)
+    ours = fuyu_jax.load(tmp_path / "run")
+    there = fuyu_jax.load(folder)
+    np.testing.assert_array_equal(ours.logits(["A bus"]), there.logits(["A bus"]))
+
+
+def test_a_hub_id(fuyu, tmp_path, monkeypatch):
+    """What a hub would give is a folder here."""
+    theirs, ours = fuyu
+    folder = save(theirs, tmp_path / "hub")
+    fuyu_json(folder)
+    asked = {}
+
+    def snapshot_download(name, **arguments):
+        asked.update(arguments, name=name)
+        return str(folder)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    found = fuyu_jax.load("adept/fuyu-8b").logits([[20, 40]])
+    np.testing.assert_array_equal(found, ours.logits([[20, 40]]))
+    assert asked["name"] == "adept/fuyu-8b" and "*.bin" not in asked["allow_patterns"]
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickles .* are not read"):
+        fuyu_jax.load("adept/fuyu-8b")

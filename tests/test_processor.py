@@ -225,3 +225,14 @@ def test_what_is_no_prompt_is_told(processor, tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:3000])
     with pytest.raises(BadImageError, match="prompt 0: image cannot be read"):
         processor([Image.open(tmp_path / "cut.png")])
+
+
+def test_a_string_that_is_the_path_of_an_image_is_the_image(processor, tmp_path):
+    picture(10, 20).save(tmp_path / "a.png")
+    (tmp_path / "note.txt").write_text("x")
+    found = processor([[str(tmp_path / "a.png"), "What?"], [str(tmp_path / "note.txt")]])
+    same = processor([[tmp_path / "a.png", "What?"]])
+    assert found.patch_counts.tolist() == [6, 0]
+    np.testing.assert_array_equal(found.patches[0], same.patches[0])
+    for text in ("nothing.png", "a\0.png", "x" * 5000 + ".png", "See bus.png"):
+        assert processor([[text]]).patch_counts.tolist() == [0]

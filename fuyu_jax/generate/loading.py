@@ -13,8 +13,10 @@ from fuyu_jax.config import TrainConfig
 from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.errors import UserError
 from fuyu_jax.generate.engine import Engine
+from fuyu_jax.interop.files import TOKENIZER_FILES, read_origin
 from fuyu_jax.model.decoder import Decoder, make_decoder
 from fuyu_jax.parallel.mesh import make_mesh
+from fuyu_jax.text_tokenizer import NoTokenizer, TextTokenizer
 from fuyu_jax.tokenizer import Tokenizer
 
 
@@ -82,11 +84,21 @@ def load_checkpoint(
     """
     workdir, step = find_checkpoint(path)
     config = change(read_config(workdir))
-    tokenizer = Tokenizer(workdir)
+    tokenizer = open_run_tokenizer(workdir, config.model.vocab_size)
     graph, shapes = nnx.split(nnx.eval_shape(model_maker(config, tokenizer)))
     params = read_checkpoint_params(workdir, step, shapes, make_mesh(config.mesh))
     policy = LayoutPolicy.of(config.model, config.data)
     return Loaded(config, workdir, step, tokenizer, policy, graph, params)
+
+
+def open_run_tokenizer(workdir: Path, vocab_size: int) -> Tokenizer:
+    """A run's tokenizer; of a language model that was given no image tokens, its own or none."""
+    origin = read_origin(workdir)
+    if origin is None or origin.fuyu or origin.extended:
+        return Tokenizer(workdir)
+    if not any((workdir / name).is_file() for name in TOKENIZER_FILES):
+        return NoTokenizer(workdir, vocab_size)
+    return TextTokenizer(workdir)
 
 
 def find_checkpoint(path: Path) -> tuple[Path, int]:

@@ -297,10 +297,20 @@ def _folder(path: str | Path) -> Path:
             f"{path}: no such folder; for a hub id, pip install huggingface_hub"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(str(path), allow_patterns=list(_HUB_FILES)))
+        found = huggingface_hub.snapshot_download(
+            str(path),
+            allow_patterns=list(_HUB_FILES),
+            ignore_patterns=["consolidated*"],  # the same weights once more, under other names
+        )
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: no such folder, and not had from the hub ({reason})") from None
+    if not any(Path(found).glob("*.safetensors")):
+        raise UserError(
+            f"{path}: no *.safetensors on the hub; weights as pickles (.bin, .pt) run code when "
+            "they are loaded, and are not read"
+        )
+    return Path(found)
 
 
 def _open_own(folder: Path, dtype: str, mesh: MeshConfig | None) -> PretrainedModel:
