@@ -6,13 +6,17 @@
 FOLDER is Fuyu-8B as Hugging Face has it, or a work folder of an earlier run. Without `init_from` it
 begins afresh, and needs a tokenizer (`data.tokenizer`).
 
-A step's rows are `rows_per_batch` × `grad_accum`, of 8,192 tokens each. Per device, with AdamW's
-moments and the parameters in float32, 9.4 billion parameters take 16 bytes each, divided by fsdp:
+A step's rows are `rows_per_batch` × `grad_accum`, of 8,192 tokens each. With AdamW's moments and
+the parameters in float32, 9.4 billion parameters take 12 bytes each, divided by fsdp:
 
-* v5p-64 (32 chips of 95 GB): as it stands: mesh fsdp=-1, so 32; 4.7 GB a chip.
-      --config.rows_per_batch=32 --config.grad_accum=1
-* one node of 8 GPUs of 80 GB: 18.8 GB a GPU.
-      --config.rows_per_batch=8 --config.grad_accum=4
+* TPU pods, as it stands: groups of fsdp=16 chips share the state, 7.2 GB a chip. With 256 rows it
+  fits v5p:4x4x4 and v6e:16x16 (`--aot=v5p:4x4x4` shows it without one). fsdp=16 and not all chips:
+  over 64 or 256 chips the compiler makes all-reduces of gathers and scatters, at twice the bytes
+  (docs/performance.md).
+* v5p with 32 chips:
+      --config.rows_per_batch=64
+* one node of 8 GPUs of 80 GB: 14 GB a GPU.
+      --config.mesh.fsdp=8 --config.rows_per_batch=8 --config.grad_accum=4
 """
 
 from fuyu_jax.config import (
@@ -30,7 +34,7 @@ def get_config() -> TrainConfig:
         name="fuyu_8b",
         workdir="runs/fuyu_8b",
         num_steps=2_000,
-        rows_per_batch=32,
+        rows_per_batch=256,
         grad_accum=1,
         checkpoint_every=200,
         log_every=5,
@@ -69,5 +73,5 @@ def get_config() -> TrainConfig:
             weight_decay=0.0,
         ),
         eval=EvalConfig(every=0, batch_size=8, summary=False),
-        mesh=MeshConfig(data=1, fsdp=-1, tensor=1),
+        mesh=MeshConfig(data=-1, fsdp=16, tensor=1),
     )

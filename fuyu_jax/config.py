@@ -62,7 +62,7 @@ class ModelConfig:
     patch_loss_weight: float = 1.0
     patch_loss_layer: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
-    attention_backend: Literal["auto", "splash", "blockwise", "reference"] = "auto"
+    attention_backend: Literal["auto", "splash", "pallas", "blockwise", "reference"] = "auto"
     # What is kept of a layer for the backward pass: all of it; its input ("full"); that, queries,
     # keys, values and attention's output ("minimal"); the same in the host's memory ("offload").
     remat: Literal["none", "full", "minimal", "offload"] = "none"

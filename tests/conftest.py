@@ -71,12 +71,12 @@ def tiny_model():
     )
 
 
-@pytest.fixture
-def tiny_config(llava_json, tiny_model, tmp_path):
-    """A run of seconds on the small LLaVA-style set."""
-    return TrainConfig(
+@pytest.fixture(scope="session")
+def make_tiny_config(llava_json, tiny_model):
+    """A run of seconds on the small LLaVA-style set, in a folder."""
+    return lambda folder: TrainConfig(
         name="tiny",
-        workdir=str(tmp_path / "run"),
+        workdir=str(folder / "run"),
         num_steps=8,
         rows_per_batch=2,
         checkpoint_every=4,
@@ -95,6 +95,11 @@ def tiny_config(llava_json, tiny_model, tmp_path):
         optim=OptimConfig(peak_lr=3e-3, warmup_steps=2),
         eval=EvalConfig(every=0, batch_size=8, max_new_tokens=8, summary=False),
     )
+
+
+@pytest.fixture
+def tiny_config(make_tiny_config, tmp_path):
+    return make_tiny_config(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,20 @@
 """Backends against a float64 computation written out by hand, values and gradients."""
 
+import re
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from fuyu_jax.errors import UserError
 from fuyu_jax.model import attention as attention_module
-from fuyu_jax.model.attention import dense_mask, key_range
+from fuyu_jax.model.attention import choose_backend, dense_mask, key_range
 from fuyu_jax.model.blockwise import blockwise_attention
+from fuyu_jax.model.pallas_gpu import Blocks, pallas_attention
+from fuyu_jax.model.splash import splash_attention
 
 # Compiled once a shape: op by op, these loops would take minutes.
 attention = jax.jit(attention_module.attention, static_argnames=("window", "backend"))
@@ -114,24 +120,65 @@ def test_backends_equal_float64(size, heads, kv_heads, width, mean, with_images)
         assert (np.asarray(out)[ids == 0] == 0).all()
 
 
+def of_backend(backend, images, window):
+    """A backend as a function of q, k, v, ids; kernels for TPU and GPU as their operations one by
+    one. Blocks on GPU are small here, so that there are whole ones and edges."""
+
+    def call(q, k, v, ids):
+        if backend == "pallas":
+            keys = key_range(ids, images, window)
+            blocks, scale = Blocks(32, 16, 16), q.shape[-1] ** -0.5
+            return pallas_attention(q, k, v, keys.start, keys.stop, scale, blocks, interpret=True)
+        if backend == "splash":
+            return splash_attention(q, k, v, ids, q.shape[-1] ** -0.5, window, interpret=True)
+        given = {"image_ids": images, "window": window, "backend": backend}
+        return attention_module.attention(q, k, v, ids, **given)
+
+    return call
+
+
+def values_and_gradients(backend, q, k, v, ids, probe, images=None, window=0):
+    call = of_backend(backend, images, window)
+
+    def total(q, k, v):
+        out = call(q, k, v, ids)
+        return jnp.sum(out * probe), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *grads
+
+
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 16), (4, 2, 64), (3, 1, 128)])
-def test_blockwise_gradients_equal_the_reference(heads, kv_heads, width):
+@pytest.mark.parametrize("window", [0, 60])
+@pytest.mark.parametrize("backend", ["blockwise", "splash", "pallas"])
+def test_backends_equal_the_reference_in_values_and_gradients(
+    backend, window, heads, kv_heads, width
+):
+    if backend == "splash" and width == 16:
+        width = 64  # its heads are of 64 or 128
+    rng = np.random.default_rng(width + window)
+    ids = jnp.asarray(random_segments(rng, 2, 150, 40))
+    q, k, v = inputs(rng, 2, 150, heads, kv_heads, width)
+    probe = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+    ours = values_and_gradients(backend, q, k, v, ids, probe, window=window)
+    theirs = values_and_gradients("reference", q, k, v, ids, probe, window=window)
+    for a, b in zip(ours, theirs, strict=True):
+        # Two orders of summation in float32; gradients are of size 1 to 10.
+        np.testing.assert_allclose(a, b, atol=3e-5)
+    assert (np.asarray(ours[0])[np.asarray(ids) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["blockwise", "pallas"])
+def test_gradients_equal_the_reference_with_images(backend):
     rng = np.random.default_rng(0)
     ids = jnp.asarray(random_segments(rng, 2, 150, 40))
     images = jnp.asarray(random_images(rng, np.asarray(ids)))
-    q, k, v = inputs(rng, 2, 150, heads, kv_heads, width)
+    q, k, v = inputs(rng, 2, 150, 4, 2, 64)
     probe = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
-
-    def total(backend):
-        def of(q, k, v):
-            out = attention(q, k, v, ids, image_ids=images, window=60, backend=backend)
-            return jnp.sum(out * probe)
-
-        return jax.jit(jax.grad(of, argnums=(0, 1, 2)))(q, k, v)
-
-    for ours, theirs in zip(total("blockwise"), total("reference"), strict=True):
-        # Two orders of summation in float32; gradients are of size 1 to 10.
-        np.testing.assert_allclose(ours, theirs, atol=3e-5)
+    ours = values_and_gradients(backend, q, k, v, ids, probe, images, 60)
+    theirs = values_and_gradients("reference", q, k, v, ids, probe, images, 60)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
 
 
 def test_gradient_by_finite_differences():
@@ -180,7 +227,89 @@ def test_a_query_block_visits_only_the_key_blocks_it_reaches():
     np.testing.assert_array_equal(out, clean)
 
 
-def test_unknown_backend_is_an_error():
+def test_a_gpu_program_visits_only_the_blocks_it_reaches():
+    """Keys (and, for their gradients, queries) out of reach are never read."""
+    rng = np.random.default_rng(5)
+    ids = jnp.asarray(np.repeat(np.arange(1, 5, dtype=np.int32), 64)[None])
+    q, k, v = inputs(rng, 1, 256, 2, 1, 16)
+    far = jnp.nan * jnp.ones((1, 128, 1, 16))
+    probe = jnp.zeros(q.shape).at[:, :128].set(1)
+    clean = values_and_gradients("pallas", q, k, v, ids, probe)
+    poisoned = [x.at[:, 128:].set(far) for x in (q, k, v)]
+    out = values_and_gradients("pallas", *poisoned, ids, probe)
+    for a, b in zip(clean, out, strict=True):
+        np.testing.assert_array_equal(a[:, :128], b[:, :128])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (4, 4, 128)])
+def test_gpu_kernels_are_lowered_to_triton(heads, kv_heads, width):
+    """What a GPU's compiler is given: three kernels, and no buffer of S×S."""
+    size = 1000
+
+    def total(q, k, v, ids):
+        out = attention_module.attention(q, k, v, ids, backend="pallas")
+        return jnp.sum(out.astype(jnp.float32))
+
+    q, kv = (jax.ShapeDtypeStruct((2, size, h, width), jnp.bfloat16) for h in (heads, kv_heads))
+    ids = jax.ShapeDtypeStruct((2, size), jnp.int32)
+    kernel = "__gpu$xla.gpu.triton"
+    text = export.export(
+        jax.jit(jax.grad(total, (0, 1, 2))),
+        platforms=["cuda"],
+        disabled_checks=[export.DisabledSafetyCheck.custom_call(kernel)],
+    )(q, kv, kv, ids).mlir_module()
+    assert text.count(f"@{kernel}") == 3
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)  # the kernels are strings
+    assert f"tensor<2x{size}x" in outside
+    assert not re.search(r"(1000|1024)x(1000|1024)x", outside)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_time_follows_the_segments(backward):
+    """Eight equal segments have 1/8 of one segment's pairs; they may take 1/4 of its time."""
+    size = 4096
+    rng = np.random.default_rng(4)
+    q, k, v = inputs(rng, 1, size, 2, 2, 64)
+
+    def total(q, k, v, ids):
+        return jnp.sum(attention_module.attention(q, k, v, ids, backend="blockwise"))
+
+    run = jax.jit(jax.grad(total, (0, 1, 2)) if backward else total)
+    layouts = [
+        jnp.asarray(np.repeat(np.arange(1, n + 1, dtype=np.int32), size // n)[None]) for n in (1, 8)
+    ]
+    times = [[], []]
+    for turn in range(10):  # in turn, so that other work on the machine meets both
+        for layout, kept in zip(layouts, times, strict=True):
+            begun = time.perf_counter()
+            jax.block_until_ready(run(q, k, v, layout))
+            if turn:  # the first one compiles
+                kept.append(time.perf_counter() - begun)
+    one, eight = (float(np.median(kept)) for kept in times)
+    assert eight <= one / 4, f"one segment {one:.3f} s, eight {eight:.3f} s"
+
+
+def test_the_backend_that_auto_means():
+    assert choose_backend("auto", platform="tpu") == "splash"
+    assert choose_backend("auto", platform="tpu", image_attention="bidirectional") == "blockwise"
+    assert choose_backend("auto", platform="gpu") == "pallas"
+    assert choose_backend("auto", platform="gpu", image_attention="bidirectional") == "pallas"
+    assert choose_backend("auto") == "blockwise"
+    assert choose_backend("splash", platform="tpu") == "splash"
+
+
+def test_a_backend_that_cannot_run_is_an_error():
     q = jnp.zeros((1, 8, 1, 8))
     with pytest.raises(UserError, match="flash9"):
         attention(q, q, q, jnp.ones((1, 8), jnp.int32), backend="flash9")
+    with pytest.raises(UserError, match='"splush" is unknown; did you mean "splash"'):
+        choose_backend("splush")
+    with pytest.raises(UserError, match=r'"splash" runs on TPU and this is cpu; "blockwise" runs'):
+        choose_backend("splash", platform="cpu")
+    with pytest.raises(UserError, match=r'"pallas" runs on GPU and this is cpu; "blockwise" runs'):
+        choose_backend("pallas", platform="cpu")
+    with pytest.raises(UserError, match=r"image_attention is bidirectional"):
+        choose_backend("splash", platform="tpu", image_attention="bidirectional")
+    ones = jnp.ones((1, 8), jnp.int32)
+    with pytest.raises(UserError, match="causal"):
+        attention(q, q, q, ones, image_ids=ones, backend="splash")

@@ -27,6 +27,8 @@ def test_overrides_take_the_type_of_their_field():
     assert replaced("model.dtype", "bfloat16").model.dtype == "bfloat16"
     groups = replaced("optim.lr_multipliers", '[["patch", 2], ["bias", 0.5]]').optim.lr_multipliers
     assert groups == (("patch", 2.0), ("bias", 0.5))
+    assert replaced("optim.freeze", '["^embedding", "head"]').optim.freeze == ("^embedding", "head")
+    assert replaced("optim.freeze", "^layers/").optim.freeze == ("^layers/",)
     assert TrainConfig().num_steps == 1000  # the original is frozen
 
 
@@ -49,6 +51,7 @@ def test_overrides_take_the_type_of_their_field():
         ("data.cleaning.drop_unreadable", "body", r"unknown; .*decode, header"),
         ("seed.x", "1", r'"seed" is a value'),
         ("optim.lr_multipliers", "patch:2", r"not a list such as"),
+        ("optim.freeze", '["head", 2]', r"not a list such as .*embedding"),
     ],
 )
 def test_bad_overrides_are_told(name, value, message):

@@ -221,13 +221,14 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     np.testing.assert_allclose(np.asarray(hidden, np.float32), exact, atol=0.15)
 
 
-def test_remat_changes_nothing():
+@pytest.mark.parametrize("policy", ["full", "minimal", "offload"])
+def test_remat_changes_nothing(policy):
     batch = jax.tree.map(jnp.asarray, one_row(np.random.default_rng(3)))
 
     def gradients(config):
         graph, state = nnx.split(make_decoder(config, image_id=IMAGE, newline_id=NEWLINE))
         return jax.jit(jax.grad(lambda s: jnp.sum(nnx.merge(graph, s)(batch)[..., 0] ** 2)))(state)
 
-    plain, remat = gradients(FUYU), gradients(dataclasses.replace(FUYU, remat="full"))
+    plain, remat = gradients(FUYU), gradients(dataclasses.replace(FUYU, remat=policy))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # another order of float32 sums

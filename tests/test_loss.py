@@ -68,3 +68,19 @@ def test_wide_logits_do_not_overflow():
     )
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
+
+
+def test_z_loss_equals_the_plain_form():
+    hidden, kernel, tokens, weights = case(np.random.default_rng(9))
+
+    def plain_z(hidden, kernel):
+        lse = jax.nn.logsumexp(hidden[:, :-1] @ kernel, axis=-1)
+        return plain(hidden, kernel, tokens, weights) + 0.1 * jnp.sum(lse**2 * weights[:, 1:])
+
+    ours = jax.jit(
+        jax.value_and_grad(lambda h, k: loss_sums(h, k, tokens, weights, 16, 0.1)[0], (0, 1))
+    )(hidden, kernel)
+    theirs = jax.value_and_grad(plain_z, (0, 1))(hidden, kernel)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=2e-6)
+    for a, b in zip(ours[1], theirs[1], strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)

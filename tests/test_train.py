@@ -13,6 +13,8 @@ from conftest import write_llava
 from fuyu_jax import config as config_lib
 from fuyu_jax.checkpoint import Checkpoints
 from fuyu_jax.errors import TrainingStoppedError, UserError
+from fuyu_jax.parallel import flops
+from fuyu_jax.parallel.mesh import paths
 from fuyu_jax.train import Trainer
 from fuyu_jax.train.metrics import read_metrics
 
@@ -235,3 +237,45 @@ def test_a_broken_validation_image_is_told_and_left_out(tiny_config, tmp_path, c
     assert [e.id for e in run.validation] == ["r0", "r1", "r3", "r4", "r5"]
     told = capsys.readouterr().out
     assert "validation: 1 examples cannot be read" in told and "2.png" in told
+
+
+def test_freezing_measurement_and_a_trace(tiny_config, tmp_path, capsys):
+    config = at(
+        tiny_config,
+        tmp_path / "run",
+        **{
+            "optim.freeze": "^(embedding|layers/attention)",
+            "peak_flops": 1e12,
+            "profile_steps": "3:5",
+        },
+    )
+    trainer = Trainer(config)
+    before = jax.tree.map(np.array, trainer.state.params)
+    trainer.run()
+    moved = {
+        path: bool((np.asarray(x) != np.asarray(y)).any())
+        for path, x, y in zip(
+            paths(before),
+            jax.tree.leaves(before),
+            jax.tree.leaves(trainer.state.params),
+            strict=True,
+        )
+    }
+    frozen = [p for p in moved if p == "embedding" or p.startswith("layers/attention")]
+    assert len(frozen) > 4 and not any(moved[p] for p in frozen)
+    assert moved["head/kernel"] and moved["layers/mlp/up/kernel"]
+    count = sum(x.size for p, x in zip(moved, jax.tree.leaves(before), strict=True) if p in frozen)
+    told = capsys.readouterr().out
+    assert f"parameters ({count:,} frozen, {trainer.parameters - count:,} learn)" in told
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    lines = [x for x in read_metrics(tmp_path / "run") if "mfu" in x]
+    assert len(lines) == 8
+    for line in lines:
+        # By step: tokens a second times operations a token is operations a second.
+        assert line["mfu"] == pytest.approx(line["tflops_per_device"])
+        assert line["mfu"] > 0 and line["tokens_per_second"] > 0
+    each = [
+        x["tflops_per_device"] * 1e12 * jax.device_count() / x["tokens_per_second"] for x in lines
+    ]
+    matmuls = flops.matmul_parameters(config.model)
+    assert all(6 * matmuls < n < 12 * (matmuls + 32 * 400 + 32 * 192) for n in each)

@@ -12,18 +12,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32
 
-from fuyu_jax.errors import UserError
+from fuyu_jax.errors import UserError, nearest
 from fuyu_jax.model.blockwise import blockwise_attention
+from fuyu_jax.model.pallas_gpu import pallas_attention
+from fuyu_jax.model.splash import splash_attention
 
-Backend = Literal["auto", "blockwise", "reference"]
-BACKENDS: tuple[str, ...] = ("blockwise", "reference")
+Backend = Literal["auto", "splash", "pallas", "blockwise", "reference"]
+BACKENDS: tuple[str, ...] = ("splash", "pallas", "blockwise", "reference")
+# Kernels for one kind of machine.
+_RUNS_ON = {"splash": ("tpu", "TPU"), "pallas": ("gpu", "GPU")}
 
 
 class KeyRange(NamedTuple):
-    """Keys `start <= k < stop` that each query sees; padding sees none (start = stop = 0)."""
+    """Keys `start <= k < stop` that each query sees; padding sees none (start = stop = 0).
+
+    segment_ids (with the window) say the same where attention is causal; None where images are seen
+    from both sides.
+    """
 
     start: Int32[Array, "B S"]
     stop: Int32[Array, "B S"]
+    segment_ids: Int32[Array, "B S"] | None = None
 
 
 def _run_bounds(ids: Int32[Array, "B S"]) -> tuple[Int32[Array, "B S"], Int32[Array, "B S"]]:
@@ -62,7 +71,8 @@ def key_range(
         stop = jnp.where(inside, image_stop, stop)
         start = jnp.where(inside, jnp.minimum(start, image_start), start)
     real = segment_ids > 0
-    return KeyRange(jnp.where(real, start, 0), jnp.where(real, stop, 0))
+    causal = segment_ids if image_ids is None else None
+    return KeyRange(jnp.where(real, start, 0), jnp.where(real, stop, 0), causal)
 
 
 def dense_mask(keys: KeyRange, size: int) -> jax.Array:
@@ -104,16 +114,40 @@ def reference_attention(
     return out.reshape(b, s, h, e).astype(q.dtype)
 
 
-def choose_backend(name: str) -> str:
-    """The backend that `name` stands for on this machine; "auto" is blockwise everywhere yet.
+def choose_backend(
+    name: str, *, platform: str | None = None, image_attention: str = "causal"
+) -> str:
+    """The backend that `name` stands for: "auto" is splash on TPU where it can say the mask,
+    pallas on GPU, and blockwise everywhere else.
+
+    Args:
+      name: "auto" or a backend.
+      platform: "cpu", "gpu" or "tpu"; None for JAX's own.
+      image_attention: the model's; splash knows causal attention alone.
 
     Raises:
-      UserError: a name that is not a backend.
+      UserError: a name that is not a backend, or a backend that cannot do this here.
     """
+    platform = platform or jax.default_backend()
+    causal = image_attention == "causal"
     if name == "auto":
-        return "blockwise"
+        if platform == "gpu":
+            return "pallas"
+        return "splash" if platform == "tpu" and causal else "blockwise"
     if name not in BACKENDS:
-        raise UserError(f'attention backend "{name}" is unknown; there are auto, {BACKENDS}')
+        raise UserError(
+            f'attention backend "{name}" is unknown{nearest(name, ("auto", *BACKENDS))}'
+        )
+    if name in _RUNS_ON and platform != _RUNS_ON[name][0]:
+        raise UserError(
+            f'attention backend "{name}" runs on {_RUNS_ON[name][1]} and this is {platform}; '
+            '"blockwise" runs everywhere'
+        )
+    if name == "splash" and not causal:
+        raise UserError(
+            f'attention backend "splash" is causal and model.image_attention is {image_attention}; '
+            '"blockwise" does both'
+        )
     return name
 
 
@@ -123,13 +157,27 @@ def attend(
     v: Float[Array, "B S K E"],
     keys: KeyRange,
     *,
+    window: int = 0,
     backend: str = "auto",
     scale: float | None = None,
 ) -> Float[Array, "B S H E"]:
-    """`attention` for callers that have made their `KeyRange` once for all layers."""
+    """`attention` for callers that have made their `KeyRange` once for all layers.
+
+    `window` is the one that `keys` were made with. A backend that is named is run, whatever the
+    platform, since one may compile for another machine; `choose_backend` has checked it.
+    """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if choose_backend(backend) == "reference":
+    if backend not in BACKENDS:
+        kind = "causal" if keys.segment_ids is not None else "bidirectional"
+        backend = choose_backend(backend, image_attention=kind)
+    if backend == "reference":
         return reference_attention(q, k, v, keys, scale)
+    if backend == "splash":
+        if keys.segment_ids is None:
+            raise UserError('attention backend "splash" is causal; "blockwise" does image_ids too')
+        return splash_attention(q, k, v, keys.segment_ids, scale, window)
+    if backend == "pallas":
+        return pallas_attention(q, k, v, keys.start, keys.stop, scale)
     return blockwise_attention(q, k, v, keys.start, keys.stop, scale)
 
 
@@ -151,9 +199,9 @@ def attention(
       segment_ids: 0 = padding, whose outputs are 0.
       image_ids: tokens of one image see all of it.
       window: positions back that a token sees; 0 for its whole segment.
-      backend: "blockwise" (pure JAX, visits only the key blocks that segments reach),
-        "reference" (dense) or "auto".
+      backend: "splash" (TPU; causal alone), "pallas" (GPU), "blockwise" (pure JAX, visits only the
+        key blocks that segments reach), "reference" (dense) or "auto".
       scale: of the scores; E^-0.5 if not given.
     """
     keys = key_range(segment_ids, image_ids, window)
-    return attend(q, k, v, keys, backend=backend, scale=scale)
+    return attend(q, k, v, keys, window=window, backend=backend, scale=scale)

@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int32
 
 from fuyu_jax.parallel.shards import map_shards
@@ -16,6 +17,7 @@ from fuyu_jax.parallel.shards import map_shards
 # 64 × 64 was the fastest or near it for head sizes 32 and 64 on CPU (docs/performance.md).
 BLOCK = 64
 _MASKED = -1e30
+SAVED = "attention"  # name, for remat policies, of what the backward pass wants of the forward one
 
 
 def _block_bounds(start: jax.Array, stop: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -125,6 +127,7 @@ def _blockwise_forward(q, k, v, start, stop, scale, block):
     out, lse = map_shards(
         lambda *rows: jax.lax.map(lambda args: row(*args), rows), q, k, v, start, stop
     )
+    out, lse = checkpoint_name(out, SAVED), checkpoint_name(lse, SAVED)
     return out, (q, k, v, start, stop, out, lse)
 
 
@@ -135,6 +138,25 @@ def _blockwise_backward(scale, block, saved, d_out):
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _by_heads(q, k, v, start, stop, block):
+    """q [B,K,G,S,E], k and v [B,K,S,E], of whole blocks, and their size."""
+    b, s, h, e = q.shape
+    kv = k.shape[2]
+    block = min(block, -(-s // 8) * 8)
+    more = -s % block
+    if more:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
+        start, stop = (jnp.pad(x, ((0, 0), (0, more))) for x in (start, stop))
+    grouped = q.reshape(b, s + more, kv, h // kv, e).transpose(0, 2, 3, 1, 4)
+    return (grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), start, stop), block
+
+
+def _by_tokens(x, shape):
+    """[B,K,G,S,...] as [B,S,H,...], of so many tokens."""
+    b, s, h, _ = shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(b, x.shape[3], h, x.shape[4])[:, :s]
 
 
 def blockwise_attention(
@@ -150,14 +172,24 @@ def blockwise_attention(
 
     Any S is taken: what is short of a whole block is padded with queries that see nothing.
     """
-    b, s, h, e = q.shape
-    kv = k.shape[2]
-    block = min(block, -(-s // 8) * 8)
-    more = -s % block
-    if more:
-        q, k, v = (jnp.pad(x, ((0, 0), (0, more), (0, 0), (0, 0))) for x in (q, k, v))
-        start, stop = (jnp.pad(x, ((0, 0), (0, more))) for x in (start, stop))
-    grouped = q.reshape(b, s + more, kv, h // kv, e).transpose(0, 2, 3, 1, 4)
-    keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    out = _blockwise(grouped, keys, values, start, stop, scale, block)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, s + more, h, e)[:, :s]
+    args, block = _by_heads(q, k, v, start, stop, block)
+    out = _blockwise(*args, scale, block)
+    return _by_tokens(out, q.shape)
+
+
+def blockwise_with_lse(
+    q: Float[Array, "B S H E"],
+    k: Float[Array, "B S K E"],
+    v: Float[Array, "B S K E"],
+    start: Int32[Array, "B S"],
+    stop: Int32[Array, "B S"],
+    scale: float,
+    block: int = BLOCK,
+) -> tuple[Float[Array, "B S H E"], Float[Array, "B S H"]]:
+    """`blockwise_attention` and the log-sum-exp of its scores, without a gradient.
+
+    A query that sees nothing has output 0, and a log-sum-exp so large that its share is all.
+    """
+    args, block = _by_heads(q, k, v, start, stop, block)
+    out, saved = _blockwise_forward(*args, scale, block)
+    return _by_tokens(out, q.shape), _by_tokens(saved[-1][..., None], q.shape)[..., 0]

@@ -1,5 +1,8 @@
 """The encoder-free decoder: patches through one linear map, in among the text's embeddings."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,9 +13,12 @@ from fuyu_jax.config import ModelConfig
 from fuyu_jax.model import patch_loss
 from fuyu_jax.model.attention import KeyRange, key_range
 from fuyu_jax.model.layers import Block, KeysAndValues, Linear, Norm
+from fuyu_jax.model.paged import PagedCache, Prior
+from fuyu_jax.model.remat import rematerialise
 from fuyu_jax.model.rotary import RotaryScaling, rotary_tables
 
 FREQUENCIES = 12  # an axis
+Prepare = Callable[[Any], Any]  # of a layer's parameters
 
 
 def position_features(coords: Int32[Array, "B P 2"]) -> Float32[Array, "B P features"]:
@@ -21,6 +27,26 @@ def position_features(coords: Int32[Array, "B P 2"]) -> Float32[Array, "B P feat
     angles = coords[..., None].astype(jnp.float32) * (2 * jnp.pi / wavelengths)
     both = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return both.reshape(*coords.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def look_up(table: Float[Array, "V D"], tokens: Int32[Array, "B S"]) -> Float[Array, "B S D"]:
+    """Rows of a table, whose gradient is summed in float32 whatever the table's type."""
+    return table[tokens]
+
+
+def _look_up_forward(table, tokens):
+    # An empty slice carries the table's type and width.
+    return table[tokens], (table[:0], table.shape[0], tokens)
+
+
+def _look_up_backward(saved, d_out):
+    like, rows, tokens = saved
+    sums = jnp.zeros((rows, like.shape[1]), jnp.float32)
+    return sums.at[tokens].add(d_out.astype(jnp.float32)).astype(like.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 class Decoder(nnx.Module):
@@ -87,7 +113,7 @@ class Decoder(nnx.Module):
 
     def embed(self, batch: PackedBatch) -> Float[Array, "B S D"]:
         """Token embeddings, with projected patches in the placeholders' stead."""
-        x = self.embedding[...][batch.tokens].astype(self.dtype)
+        x = look_up(self.embedding[...], jnp.asarray(batch.tokens)).astype(self.dtype)
         if batch.patches.shape[1] == 0:
             return x
         # The reference's (x/255 - 0.5)/0.5, in float32 whatever the compute type.
@@ -124,32 +150,35 @@ class Decoder(nnx.Module):
         scaling = RotaryScaling.of(c)
         return rotary_tables(positions, c.head_dim, c.rotary_fraction, c.rotary_base, scaling)
 
-    def _scan(self, method, x, *layer_inputs):
-        """Runs `method(block, x, *inputs of this layer)` over the layers."""
+    def _scan(self, method, x, *layer_inputs, prepare: Prepare | None = None):
+        """Runs `method(block, x, *inputs of this layer)` over the layers.
+
+        `prepare`, if given, makes of a layer's parameters what is computed with: gathers them.
+        """
         graph, state = nnx.split(self.layers)
 
         def step(x, inputs):
             layer, extra = inputs
-            return method(nnx.merge(graph, layer), x, *extra)
+            return method(nnx.merge(graph, prepare(layer) if prepare else layer), x, *extra)
 
-        if self.config.remat == "full":
-            step = jax.checkpoint(step, prevent_cse=False)
-        return jax.lax.scan(step, x, (state, layer_inputs))
+        walk = rematerialise(step, self.config.remat, gathers=prepare is not None)
+        return jax.lax.scan(walk, x, (state, layer_inputs))
 
-    def __call__(self, batch: PackedBatch) -> Float[Array, "B S D"]:
+    def __call__(self, batch: PackedBatch, prepare: Prepare | None = None) -> Float[Array, "B S D"]:
         """Hidden states after the final norm; `logits` maps them to the vocabulary."""
         tables = self._tables(batch.positions)
         keys = self.key_range(batch)
         x = self.embed(batch)
-        x, _ = self._scan(lambda block, x: (block(x, tables, keys)[0], None), x)
+        walk = lambda block, x: (block(x, tables, keys)[0], None)  # noqa: E731
+        x, _ = self._scan(walk, x, prepare=prepare)
         return self.final_norm(x)
 
     def training_states(
-        self, batch: PackedBatch
+        self, batch: PackedBatch, prepare: Prepare | None = None
     ) -> tuple[Float[Array, "B S D"], Float32[Array, ""]]:
         """As `__call__`, and the sum over patches of the auxiliary loss (0 where it is off)."""
         if self.patch_head is None or batch.patches.shape[1] == 0:
-            return self(batch), jnp.zeros((), jnp.float32)
+            return self(batch, prepare), jnp.zeros((), jnp.float32)
         tables = self._tables(batch.positions)
         keys = self.key_range(batch)
         layer = self.config.patch_loss_layer
@@ -161,7 +190,7 @@ class Decoder(nnx.Module):
 
         x = self.embed(batch)
         numbers = jnp.arange(1, self.config.num_layers + 1)
-        (x, tapped), _ = self._scan(walk, (x, x), numbers)
+        (x, tapped), _ = self._scan(walk, (x, x), numbers, prepare=prepare)
         place, real = self._patch_places(batch)
         states = jnp.take_along_axis(tapped, place[..., None], axis=1)
         # Normed, as every reader of the residual stream sees it.
@@ -185,33 +214,50 @@ class Decoder(nnx.Module):
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     def prefill(
-        self, batch: PackedBatch, cache_size: int
+        self, batch: PackedBatch, cache: PagedCache | None = None, prior: Prior | None = None
     ) -> tuple[Float[Array, "B S D"], KeysAndValues]:
-        """As `__call__`, and a cache of `cache_size` places a row, the first S of them filled."""
+        """As `__call__`, and the keys and values of all layers.
+
+        Args:
+          batch: packed rows; with `prior` their segments may be a prompt's later part.
+          cache, prior: what of the prompts has been computed already.
+        """
         tables = self._tables(batch.positions)
         keys = self.key_range(batch)
         x = self.embed(batch)
-        x, cache = self._scan(lambda block, x: block(x, tables, keys), x)
-        room = ((0, 0), (0, 0), (0, cache_size - batch.tokens.shape[1]), (0, 0), (0, 0))
-        cache = KeysAndValues(jnp.pad(cache.k, room), jnp.pad(cache.v, room))
-        return self.final_norm(x), cache
+        if prior is None or cache is None:
+            x, new = self._scan(lambda block, x: block(x, tables, keys), x)
+        else:
+            positions = jnp.asarray(batch.positions)
+            x, new = self._scan(
+                lambda block, x, layer: block.go_on(
+                    x, tables, keys, cache, layer, prior, positions
+                ),
+                x,
+                jnp.arange(self.config.num_layers, dtype=jnp.int32),
+            )
+        return self.final_norm(x), new
 
     def decode(
         self,
         tokens: Int32[Array, "B"],
-        positions: Int32[Array, "B"],
-        at: Int32[Array, "B"],
-        cache: KeysAndValues,
+        lengths: Int32[Array, "B"],
+        table: Int32[Array, "B M"],
+        cache: PagedCache,
     ) -> tuple[Float[Array, "B D"], KeysAndValues]:
-        """One step: text tokens at cache index `at`; returns their hidden states."""
-        tables = self._tables(positions[:, None])
+        """One step: a text token a row behind the `lengths` tokens that its pages hold.
+
+        Returns:
+          Their hidden states, and their keys and values, which are still to be written.
+        """
+        tables = self._tables(lengths[:, None])
         x = self.embedding[...][tokens[:, None]].astype(self.dtype)
-        w = self.config.window
-        start = jnp.maximum(at + 1 - w, 0) if w else jnp.zeros_like(at)
-        x, cache = self._scan(
-            lambda block, x, layer: block.decode(x, tables, layer, at, start), x, cache
+        x, new = self._scan(
+            lambda block, x, layer: block.decode(x, tables, cache, layer, table, lengths),
+            x,
+            jnp.arange(self.config.num_layers, dtype=jnp.int32),
         )
-        return self.final_norm(x)[:, 0], cache
+        return self.final_norm(x)[:, 0], new
 
     def attention_maps(self, batch: PackedBatch) -> Float32[Array, "L B H S S"]:
         """Attention weights of every layer and head (dense: keep S small)."""

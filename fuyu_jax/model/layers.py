@@ -1,15 +1,18 @@
 """The parts of a decoder block: norm, linear map, attention, feed-forward."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int32
 
 from fuyu_jax.config import ModelConfig
 from fuyu_jax.model.attention import KeyRange, attend, reference_probabilities
+from fuyu_jax.model.blockwise import blockwise_with_lse
+from fuyu_jax.model.paged import PagedCache, Prior, decode_attention, merge, prior_attention
 from fuyu_jax.model.rotary import rotate
 
 
@@ -52,18 +55,25 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (*inputs, *outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        last = tuple(range(x.ndim - self.inputs, x.ndim))
-        axes = ((last, tuple(range(self.inputs))), ((), ()))
-        y = jax.lax.dot_general(x, self.kernel[...].astype(x.dtype), axes)
+    def __call__(self, x: jax.Array, name: str = "") -> jax.Array:
+        """The map; `name` is what remat policies know the product by."""
+        # As one matrix: of [D,H,E] the TPU's compiler makes a convolution over H, and it pads
+        # a last axis of 64 to 128 wherever the product is kept.
+        kernel = self.kernel[...].astype(x.dtype)
+        kernel, outputs = kernel.reshape(-1, math.prod(kernel.shape[self.inputs :])), kernel.shape
+        lead = x.shape[: x.ndim - self.inputs]
+        y = jnp.matmul(x.reshape(*lead, kernel.shape[0]), kernel)
+        if name:
+            y = checkpoint_name(y, name)
+        y = y.reshape(*lead, *outputs[self.inputs :])
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class KeysAndValues(NamedTuple):
-    """The cache of one layer; of all layers, with a leading axis L."""
+    """Of a row's tokens in one layer; of all layers, with a leading axis L."""
 
-    k: Float[Array, "*L B T K E"]
-    v: Float[Array, "*L B T K E"]
+    k: Float[Array, "*L B S K E"]
+    v: Float[Array, "*L B S K E"]
 
 
 class Attention(nnx.Module):
@@ -80,6 +90,7 @@ class Attention(nnx.Module):
         self.q_norm = Norm(e, config) if config.qk_norm else None
         self.k_norm = Norm(e, config) if config.qk_norm else None
         self.backend = config.attention_backend
+        self.window = config.window
         self.scale = 1 / math.sqrt(e)
 
     def heads(
@@ -88,15 +99,15 @@ class Attention(nnx.Module):
         tables: tuple[Float32[Array, "B S R"], Float32[Array, "B S R"]],
     ) -> tuple[Float[Array, "B S H E"], Float[Array, "B S K E"], Float[Array, "B S K E"]]:
         """Queries and keys, normed and rotated, and values."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = (project(x, "qkv") for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q, *tables), rotate(k, *tables), v
 
     def __call__(self, x: Float[Array, "B S D"], tables, keys: KeyRange):
-        """Attends inside the row; also returns this row's keys and values, for a cache."""
+        """Attends inside the row; also returns the row's keys and values, for a cache."""
         q, k, v = self.heads(x, tables)
-        out = attend(q, k, v, keys, backend=self.backend, scale=self.scale)
+        out = attend(q, k, v, keys, window=self.window, backend=self.backend, scale=self.scale)
         return self.out(out), KeysAndValues(k, v)
 
     def probabilities(
@@ -106,31 +117,48 @@ class Attention(nnx.Module):
         q, k, _ = self.heads(x, tables)
         return reference_probabilities(q, k, keys, self.scale)
 
+    def go_on(
+        self,
+        x: Float[Array, "B S D"],
+        tables,
+        keys: KeyRange,
+        cache: PagedCache,
+        layer: Int32[Array, ""],
+        prior: Prior,
+        positions: Int32[Array, "B S"],
+    ):
+        """As `__call__`, with what of the prompts is in the cache before the row's own tokens."""
+        q, k, v = self.heads(x, tables)
+        own, own_lse = blockwise_with_lse(q, k, v, keys.start, keys.stop, self.scale)
+        before, lse = prior_attention(
+            q, cache, layer, prior, positions, window=self.window, scale=self.scale
+        )
+        out = merge(own, own_lse, before, lse)
+        return self.out(out.astype(x.dtype)), KeysAndValues(k, v)
+
     def decode(
         self,
         x: Float[Array, "B 1 D"],
         tables,
-        cache: KeysAndValues,
-        at: Int32[Array, "B"],
-        start: Int32[Array, "B"],
+        cache: PagedCache,
+        layer: Int32[Array, ""],
+        table: Int32[Array, "B M"],
+        lengths: Int32[Array, "B"],
     ):
-        """One new token a row: stored at index `at`, seeing keys `start..at` of the cache."""
+        """One new token a row, which sees its pages and itself; also its key and value."""
         q, k, v = self.heads(x, tables)
-        rows = jnp.arange(x.shape[0])
-        cache = KeysAndValues(
-            cache.k.at[rows, at].set(k[:, 0].astype(cache.k.dtype)),
-            cache.v.at[rows, at].set(v[:, 0].astype(cache.v.dtype)),
+        out = decode_attention(
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            cache,
+            layer,
+            table,
+            lengths,
+            window=self.window,
+            scale=self.scale,
         )
-        b, _, h, e = q.shape
-        kv = cache.k.shape[2]
-        grouped = q.reshape(b, kv, h // kv, e)
-        scores = jnp.einsum("bkge,btke->bkgt", grouped, cache.k, preferred_element_type=jnp.float32)
-        t = jnp.arange(cache.k.shape[1])
-        seen = (t >= start[:, None]) & (t <= at[:, None])
-        scores = jnp.where(seen[:, None, None], scores * self.scale, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(cache.v.dtype)
-        out = jnp.einsum("bkgt,btke->bkge", weights, cache.v, preferred_element_type=jnp.float32)
-        return self.out(out.reshape(b, 1, h, e).astype(x.dtype)), cache
+        return self.out(out[:, None].astype(x.dtype)), KeysAndValues(k, v)
 
 
 class FeedForward(nnx.Module):
@@ -174,6 +202,12 @@ class Block(nnx.Module):
         weights = self.attention.probabilities(self.attention_norm(x), tables, keys)
         return self(x, tables, keys)[0], weights
 
-    def decode(self, x: Float[Array, "B 1 D"], tables, cache: KeysAndValues, at, start):
-        out, cache = self.attention.decode(self.attention_norm(x), tables, cache, at, start)
-        return self._feed_forward(x + out), cache
+    def go_on(self, x: Float[Array, "B S D"], *args: Any):
+        """As `__call__`, behind what is in the cache: see `Attention.go_on`."""
+        out, new = self.attention.go_on(self.attention_norm(x), *args)
+        return self._feed_forward(x + out), new
+
+    def decode(self, x: Float[Array, "B 1 D"], *args: Any):
+        """One new token a row: see `Attention.decode`."""
+        out, new = self.attention.decode(self.attention_norm(x), *args)
+        return self._feed_forward(x + out), new

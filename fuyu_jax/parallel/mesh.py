@@ -1,19 +1,20 @@
 """The mesh, and the table of rules that shards parameters and batches over it."""
 
-import math
 import os
 import re
+from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fuyu_jax.config import MeshConfig
 from fuyu_jax.errors import UserError
+from fuyu_jax.parallel.hosts import row_share
+from fuyu_jax.parallel.shapes import AXES, mesh_sizes, nearest_on_torus, told
 
-AXES = ("data", "fsdp", "tensor")
 
-
-def use_cpu_cores(rows_per_batch: int) -> None:
+def use_cpu_cores(rows_per_batch: int, processes: int = 1) -> None:
     """Makes one CPU device of each core, as far as rows divide; no effect on GPU and TPU.
 
     XLA runs one CPU program on one core but for its large matrix products; rows over devices keep
@@ -25,7 +26,7 @@ def use_cpu_cores(rows_per_batch: int) -> None:
         return
     available = getattr(os, "sched_getaffinity", None)
     cores = len(available(0)) if available else os.cpu_count() or 1
-    count = max(n for n in range(1, cores + 1) if rows_per_batch % n == 0)
+    count = max(n for n in range(1, cores + 1) if n == 1 or rows_per_batch % (n * processes) == 0)
     jax.config.update("jax_num_cpu_devices", count)
 
 
@@ -44,28 +45,26 @@ _RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices, or over those of a topology that is only compiled for.
 
     Axes are of type `Auto`: the compiler places intermediate values (JAX 0.10 would make them
     explicit by default).
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or cannot be laid along a
+        TPU's torus; names the nearest that do.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
-    count = jax.device_count()
-    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise UserError(f"mesh {dict(zip(AXES, sizes, strict=True))}: one axis at most may be -1")
-    if -1 in sizes:
-        known = math.prod(s for s in sizes if s != -1)
-        sizes[sizes.index(-1)] = max(count // known, 1)
-    if math.prod(sizes) != count:
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError:
+        torus = tuple(max(d.coords[i] for d in devices) + 1 for i in range(3))
         raise UserError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, "
-            f"there are {count}"
-        )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+            f"mesh {told(sizes)} cannot be laid along a torus of {'×'.join(map(str, torus))}; the "
+            f"nearest that can: {told(nearest_on_torus(sizes, torus))}"
+        ) from None
 
 
 def _path(keys: tuple) -> str:
@@ -103,6 +102,16 @@ def state_shardings(tree, mesh: Mesh | AbstractMesh):
 def row_devices(mesh: Mesh) -> int:
     """Over how many shards a batch's rows are laid."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def host_rows(mesh: Mesh) -> tuple[int, int]:
+    """(which, of how many) equal shares of a batch's rows this process brings.
+
+    Raises:
+      UserError: the rows of its devices are in part another process's too.
+    """
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return row_share(processes.reshape(row_devices(mesh), -1), jax.process_index())
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

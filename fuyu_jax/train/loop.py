@@ -2,33 +2,33 @@
 
 import dataclasses
 import json
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from fuyu_jax import config as config_lib
 from fuyu_jax.batch import PackedBatch
-from fuyu_jax.checkpoint import Checkpoints, check_workdir, claim_workdir
+from fuyu_jax.checkpoint import Checkpoints
 from fuyu_jax.config import TrainConfig
-from fuyu_jax.data.layout import LayoutPolicy
-from fuyu_jax.data.opening import Sources, keep_tokenizer, open_sources, open_tokenizer
-from fuyu_jax.data.packed import Batch, PackedData, Position
+from fuyu_jax.data.packed import Batch, Position
 from fuyu_jax.errors import TrainingStoppedError, UserError
 from fuyu_jax.evals import runner
 from fuyu_jax.evals.judge import summarise
 from fuyu_jax.generate.engine import Engine
-from fuyu_jax.generate.loading import model_maker
 from fuyu_jax.model.attention import choose_backend
-from fuyu_jax.parallel.mesh import batch_sharding, make_mesh, row_devices
-from fuyu_jax.train.metrics import Recorder, Window
-from fuyu_jax.train.optimizer import make_optimizer, schedule
+from fuyu_jax.parallel import hosts
+from fuyu_jax.parallel.mesh import batch_sharding, host_rows, make_mesh
+from fuyu_jax.parallel.shapes import check_model, check_rows
+from fuyu_jax.train.measure import Meter, Profiler
+from fuyu_jax.train.metrics import Recorder, SilentRecorder, Window
+from fuyu_jax.train.opening import open_run
+from fuyu_jax.train.optimizer import count_frozen, make_optimizer, schedule
 from fuyu_jax.train.patch_init import whitening
 from fuyu_jax.train.signals import StopSignal
-from fuyu_jax.train.start import open_start
-from fuyu_jax.train.step import StepMetrics, TrainState, create_state, make_train_step
+from fuyu_jax.train.step import StepMetrics, TrainState, make_train_step
 from fuyu_jax.train.summary import write_summary
 
 WHITENING_SAMPLE = 20_000  # patches
@@ -49,6 +49,16 @@ class Progress:
         return 1 - self.tokens / self.places if self.places else 0.0
 
 
+class _Pending(NamedTuple):
+    """A step whose numbers are not read yet."""
+
+    step: int
+    group: list[Batch]
+    metrics: StepMetrics
+    given: Any  # to `HostSums`
+    before: Progress
+
+
 class Trainer:
     """Everything of a run, opened; `run` trains it to the end.
 
@@ -63,45 +73,16 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.workdir = Path(config.workdir).expanduser()
-        known = check_workdir(self.workdir, config)
         self.mesh = make_mesh(config.mesh)
-        shards = row_devices(self.mesh)
-        if config.rows_per_batch % shards:
-            raise UserError(
-                f"rows_per_batch={config.rows_per_batch} does not divide over {shards} devices "
-                "(data × fsdp)"
-            )
+        check_model(self.mesh.shape, config.model)
+        check_rows(self.mesh.shape, config.rows_per_batch)
+        self.share, self.shares = host_rows(self.mesh)
         self.backend = choose_backend(config.model.attention_backend)
-        self.sources: Sources = open_sources(config.data)
-        self.policy = LayoutPolicy.of(config.model, config.data)
-        with tempfile.TemporaryDirectory() as scratch:
-            # The work folder is touched only when all input has been found good.
-            place = self.workdir if known else Path(scratch)
-            self.sources = self.sources.clean(place, progress=config.progress)
-            start = open_start(config, self.workdir, Path(scratch))
-            self.tokenizer = open_tokenizer(self.sources, place, start and start.tokenizer)
-            self.data = PackedData(
-                self.sources.open_mixture("train", config.model, config.seed),
-                self.tokenizer,
-                self.policy,
-                config.data,
-                config.seed,
-                balance_rows=config.rows_per_batch if config.data.balance_patches else 0,
-            )
-            make_model = model_maker(config, self.tokenizer)
-            self.graph, self.state, shardings = create_state(
-                make_model,
-                lambda params: make_optimizer(config.optim, params, config.num_steps),
-                self.mesh,
-                start and start.read_params,
-            )
-            claim_workdir(self.workdir, config)
-            if not known:
-                self.tokenizer.path = keep_tokenizer(self.tokenizer.path, self.workdir)
-            self.begun_from = start.finish(self.workdir) if start else ""
-            self.sources.keep_cleaning(self.workdir)
-            self.data.save_plan(self.workdir)
-            self.data.bad.keep_in(self.workdir / "bad_examples.jsonl")
+        self.profiler = Profiler(self.workdir, config.profile_steps)
+        opened = open_run(config, self.workdir, self.mesh)
+        self.sources, self.data, self.begun_from = opened.sources, opened.data, opened.begun_from
+        self.tokenizer, self.policy = opened.tokenizer, opened.policy
+        self.graph, self.state, shardings = opened.graph, opened.state, opened.shardings
         tx = make_optimizer(config.optim, self.state.params, config.num_steps)
         self.step_fn = make_train_step(
             self.graph,
@@ -114,7 +95,7 @@ class Trainer:
         self.rate = schedule(config.optim, config.optim.peak_lr, config.num_steps)
         self.checkpoints = Checkpoints(self.workdir, config.keep_checkpoints)
         # A work folder without a checkpoint starts from the beginning, whoever made it.
-        fresh = self.checkpoints.latest() is None and not (start and start.sees)
+        fresh = self.checkpoints.latest() is None and not opened.sees
         if config.model.patch_init == "whiten" and fresh:
             self._whiten_patches()
         self.progress = Progress()
@@ -132,12 +113,19 @@ class Trainer:
             source = self.sources.open("validation")
             self.validation, unread = runner.take(source, config.eval.examples)
             if unread:
-                print(
+                hosts.say(
                     f"validation: {len(unread)} examples cannot be read and are left out, the "
-                    f"first: {unread[0]}",
-                    flush=True,
+                    f"first: {unread[0]}"
                 )
+        self.meter = Meter(
+            config,
+            self.tokenizer.vocab_size,
+            self.tokenizer.image_id,
+            copies=jax.process_count() // self.shares,
+        )
+        self._sums = hosts.HostSums()
         self._stop = StopSignal()
+        self._stopped_by = 0  # a signal that some host was sent
 
     def _whiten_patches(self) -> None:
         """Sets the patch projection from training patches; a checkpoint's is taken as it is."""
@@ -148,7 +136,7 @@ class Trainer:
         projection = self.state.params["patch_projection"]
         for name, value in (("kernel", kernel), ("bias", bias)):
             old = projection[name][...]
-            projection[name] = projection[name].replace(jax.device_put(value, old.sharding))
+            projection[name] = projection[name].replace(hosts.place(value, old.sharding))
 
     @property
     def parameters(self) -> int:
@@ -159,12 +147,15 @@ class Trainer:
         device = jax.devices()[0]
         axes = ", ".join(f"{k}={v}" for k, v in self.mesh.shape.items())
         cleaning = self.sources.cleaning_line()
+        frozen = count_frozen(self.config.optim, self.state.params)
+        learning = f" ({frozen:,} frozen, {self.parameters - frozen:,} learn)" if frozen else ""
+        several = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
         last = "".join(f"\n{line}" for line in (cleaning, self.begun_from) if line)
         return (
-            f"{self.config.name}: {self.parameters:,} parameters, vocabulary "
+            f"{self.config.name}: {self.parameters:,} parameters{learning}, vocabulary "
             f"{self.tokenizer.vocab_size}, attention {self.backend}, "
             f"compute {self.config.model.dtype}\n"
-            f"devices: {jax.device_count()} {device.platform} ({axes}); "
+            f"devices: {jax.device_count()} {device.platform}{several} ({axes}); "
             f"work folder {self.workdir}\n"
             f"data: {self.data.report()}{last}"
         )
@@ -189,7 +180,7 @@ class Trainer:
             )
         fields = {f.name: found.data[f.name] for f in dataclasses.fields(Progress)}
         self.progress = Progress(**fields)
-        count = jax.device_put(jax.numpy.asarray(latest, jax.numpy.int32), self.state.step.sharding)
+        count = hosts.place(np.asarray(latest, np.int32), self.state.step.sharding)
         self.state = TrainState(count, found.params, found.opt_state, self.state.halted)
         return latest
 
@@ -206,16 +197,15 @@ class Trainer:
           TrainingStoppedError: a loss or gradient was not finite, or a signal asked to stop.
         """
         resumed = self.resume()
-        print(self.describe(), flush=True)
+        hosts.say(self.describe())
         if resumed is not None:
-            print(
+            hosts.say(
                 f"resumed from step {resumed} (epoch {self.progress.epoch}, "
-                f"row {self.progress.row})",
-                flush=True,
+                f"row {self.progress.row})"
             )
         done = resumed or 0
         target = min(self.config.num_steps, stop_after or self.config.num_steps)
-        recorder = Recorder(
+        recorder = (Recorder if hosts.first() else SilentRecorder)(
             self.workdir,
             done,
             self.config.num_steps,
@@ -226,6 +216,7 @@ class Trainer:
             try:
                 self._train(done, target, recorder)
             finally:
+                self.profiler.close()
                 recorder.close()
                 self.checkpoints.wait()
         if target < self.config.num_steps:
@@ -238,7 +229,7 @@ class Trainer:
         config = self.config
         batches = self._accumulated(Position(self.progress.epoch, self.progress.row))
         window = Window()
-        pending: tuple[int, list[Batch], StepMetrics, Progress] | None = None
+        pending: _Pending | None = None
         before = self.progress
         clock = time.perf_counter()
         for step in range(done + 1, target + 1):
@@ -246,7 +237,10 @@ class Trainer:
             group, arrays = next(batches)
             window.wait += time.perf_counter() - waited
             stepped = time.perf_counter()
+            self.profiler.before(step)
             self.state, metrics = self.step_fn(self.state, arrays)
+            self.profiler.after(step, metrics)
+            given = self._sums.give(self._stop.number, self.meter.count([b.rows for b in group]))
             if not self.first_step_seconds:
                 jax.block_until_ready(metrics)
                 self.first_step_seconds = time.perf_counter() - stepped
@@ -254,13 +248,13 @@ class Trainer:
             if pending is not None:
                 self._read(pending, recorder, window)
             after = dataclasses.replace(before, epoch=group[-1].after[0], row=group[-1].after[1])
-            pending = (step, group, metrics, before)
+            pending = _Pending(step, group, metrics, given, before)
             before = after
             checkpoint = step % config.checkpoint_every == 0 or step == target
             validate = bool(self.validation) and (
                 step % config.eval.every == 0 or step == config.num_steps
             )
-            if checkpoint or validate or self._stop.number:
+            if checkpoint or validate or self._stopping():
                 self._read(pending, recorder, window)
                 pending = None
             now = time.perf_counter()
@@ -272,44 +266,65 @@ class Trainer:
             )
             window.all_tokens = window.all_places = 0.0
             clock = now
-            if checkpoint or self._stop.number:
+            stop = self._stopping() if pending is None else 0
+            if checkpoint or stop:
                 self._save(step, self.progress)
             if validate:
                 self._validate(step, recorder)
-            if self._stop.number:
+            window.pause(time.perf_counter() - now)
+            if stop:
                 raise TrainingStoppedError(
-                    f"stopped by signal {self._stop.number} at step {step}, checkpoint saved; the "
-                    "same command goes on from here"
+                    f"stopped by signal {stop} at step {step}, checkpoint saved; the same command "
+                    "goes on from here"
                 )
+
+    def _stopping(self) -> int:
+        """The signal to stop by, if any; of several hosts one that all have heard of."""
+        return self._stop.number if jax.process_count() == 1 else self._stopped_by
 
     def _accumulated(self, start: Position):
         """(its batches, arrays [A, B, ...] on the mesh) for every step."""
         a = self.config.grad_accum
         sharding = batch_sharding(self.mesh, leading=1)
-        batches = self.data.batches(self.config.rows_per_batch, start)
+        rows = self.config.rows_per_batch
+        batches = self.data.batches(rows, start, host=self.share, hosts=self.shares)
         while True:
             group = [next(batches) for _ in range(a)]
             arrays = PackedBatch(
                 *(
-                    jax.make_array_from_process_local_data(sharding, _stack(parts))
+                    jax.make_array_from_process_local_data(
+                        sharding, np.stack(parts), (a, rows, *parts[0].shape[1:])
+                    )
                     for parts in zip(*(b.rows for b in group), strict=True)
                 )
             )
             yield group, arrays
 
-    def _read(self, pending, recorder: Recorder, window: Window) -> None:
-        step, group, metrics, before = pending
+    def _read(self, pending: _Pending, recorder: Recorder, window: Window) -> None:
+        step, group, metrics, given, before = pending
+        self._stopped_by, counted = self._sums.read(given)
         values = StepMetrics(*(float(x) for x in jax.device_get(metrics)))
         if values.halted:
             self._halt(step, group, values, before)
         config = self.config
         rows = config.grad_accum * config.rows_per_batch
-        window.add(values.tokens, float(rows * config.data.tokens_per_row))
+        window.add(
+            values.tokens,
+            float(rows * config.data.tokens_per_row),
+            self.meter.step_flops(values.tokens, values.loss_tokens, counted),
+        )
         recorder.advance(step)
         if step % config.log_every and step != config.num_steps:
             return
-        speed, padding, wait = window.take()
-        recorder.show(loss=f"{values.loss:.3f}", tok_s=f"{speed:,.0f}", pad=f"{padding:.2%}")
+        speed = window.take()
+        rates = self.meter.rates(speed.flops)
+        shown = {"mfu": f"{rates['mfu']:.1%}"} if "mfu" in rates else {}
+        recorder.show(
+            loss=f"{values.loss:.3f}",
+            tok_s=f"{speed.tokens:,.0f}",
+            pad=f"{speed.padding:.2%}",
+            **shown,
+        )
         recorder.write(
             step,
             {
@@ -318,9 +333,10 @@ class Trainer:
                 **({"patch_loss": values.patch_loss} if config.model.patch_loss != "none" else {}),
                 "grad_norm": values.grad_norm,
                 "learning_rate": float(self.rate(step - 1)),
-                "tokens_per_second": speed,
-                "token_padding": padding,
-                "loader_wait": wait,
+                "tokens_per_second": speed.tokens,
+                "token_padding": speed.padding,
+                "loader_wait": speed.wait,
+                **rates,
                 "epoch": group[-1].after.epoch,
             },
         )
@@ -328,10 +344,12 @@ class Trainer:
     def _halt(self, step: int, group: list[Batch], values: StepMetrics, before: Progress) -> None:
         """A loss or gradient that is not finite: saves what was there before, and stops."""
         ids = [id for batch in group for row in batch.ids for id in row]
+        # Hosts that share rows name the same examples.
+        ids = list(dict.fromkeys(id for part in hosts.gather(ids) for id in part))
         record = {"step": step, "loss": str(values.loss), "grad_norm": str(values.grad_norm)}
-        runner.write_whole(
-            self.workdir / "bad_batch.json", json.dumps({**record, "examples": ids}, indent=1)
-        )
+        if hosts.first():
+            told = json.dumps({**record, "examples": ids}, indent=1)
+            runner.write_whole(self.workdir / "bad_batch.json", told)
         self._save(step - 1, before)
         self.checkpoints.wait()
         raise TrainingStoppedError(
@@ -359,7 +377,3 @@ class Trainer:
         recorder.write(step, values)
         told = ", ".join(f"{k} {s['correct']:.2f}" for k, s in scores["by_family"].items())
         recorder.say(f"step {step}: validation correct {scores['correct']:.3f} ({told})")
-
-
-def _stack(parts):
-    return parts[0][None] if len(parts) == 1 else jax.numpy.stack(parts)

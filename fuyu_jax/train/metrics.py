@@ -4,7 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from tensorboardX import SummaryWriter
@@ -104,29 +104,67 @@ def _start_wandb(workdir: Path, config: dict[str, Any]):
     return wandb.init(project="fuyu_jax", dir=str(workdir), config=config, resume="allow")
 
 
+class SilentRecorder(Recorder):
+    """That of a host which leaves it to the first to write and to show."""
+
+    def __init__(self, *run: Any):
+        del run
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def show(self, **shown: str) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Speed(NamedTuple):
+    """Real tokens and operations a second; shares of padding, and of time that the loader made us
+    wait."""
+
+    tokens: float
+    flops: float
+    padding: float
+    wait: float
+
+
 class Window:
-    """Tokens, padding and time since the last line."""
+    """Tokens, padding, work and time since the last line."""
 
     def __init__(self) -> None:
-        self.tokens = self.places = self.wait = 0.0
+        self.tokens = self.places = self.flops = self.wait = 0.0
         self.all_tokens = self.all_places = 0.0  # since the totals were last brought up to date
         self.began = time.perf_counter()
 
-    def add(self, tokens: float, places: float) -> None:
+    def add(self, tokens: float, places: float, flops: float) -> None:
         self.tokens += tokens
+        self.flops += flops
         self.places += places
         self.all_tokens += tokens
         self.all_places += places
 
-    def take(self) -> tuple[float, float, float]:
-        """(real tokens a second, share of padding, share of time that the loader made us wait)."""
+    def pause(self, seconds: float) -> None:
+        """Leaves out what was no training: a validation, the beginning of a checkpoint."""
+        self.began += seconds
+
+    def take(self) -> Speed:
+        """The figures, which begin anew."""
         now = time.perf_counter()
         seconds = max(now - self.began, 1e-9)
-        result = (
+        result = Speed(
             self.tokens / seconds,
+            self.flops / seconds,
             1 - self.tokens / self.places if self.places else 0.0,
             self.wait / seconds,
         )
-        self.tokens = self.places = self.wait = 0.0
+        self.tokens = self.places = self.flops = self.wait = 0.0
         self.began = now
         return result

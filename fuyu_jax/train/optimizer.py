@@ -1,6 +1,8 @@
-"""optax optimizers from a configuration: AdamW or Muon, warm-up and cosine, clipping, groups."""
+"""optax optimizers from a configuration: AdamW, Adafactor or Muon; schedule, clipping, groups,
+freezing."""
 
 import re
+from collections.abc import Sequence
 
 import jax
 import optax
@@ -16,6 +18,10 @@ _MUON: tuple[tuple[str, tuple[tuple[int, ...], tuple[int, ...]]], ...] = (
     (r"layers/attention/out/kernel$", ((1, 2), (3,))),
     (r"layers/mlp/(up|gate|down)/kernel$", ((1,), (2,))),
 )
+
+# Adafactor factors a parameter over its two largest axes where both have so many places. Heads of
+# 64 times 64 channels are to be factored; the axis of stacked layers is not.
+_FACTOR_FROM = 64
 
 
 def _map_paths(function, tree):
@@ -43,15 +49,29 @@ def schedule(config: OptimConfig, peak: float, num_steps: int) -> optax.Schedule
     )
 
 
-def _multiply(config: OptimConfig, params) -> optax.GradientTransformation:
-    """Scales the updates of parameter groups; the first pattern that matches a path counts."""
-    known = paths(params)
-    for pattern, _ in config.lr_multipliers:
+def _check_patterns(field: str, patterns: Sequence[str], known: list[str]) -> None:
+    for pattern in patterns:
         try:
             if not any(re.search(pattern, path) for path in known):
-                raise UserError(f'optim.lr_multipliers: no parameter matches "{pattern}"')
+                raise UserError(f'optim.{field}: no parameter matches "{pattern}"')
         except re.error as error:
-            raise UserError(f'optim.lr_multipliers: "{pattern}": {error}') from None
+            raise UserError(f'optim.{field}: "{pattern}": {error}') from None
+
+
+def is_frozen(config: OptimConfig, path: str) -> bool:
+    """Whether the parameter at a path does not learn."""
+    return any(re.search(pattern, path) for pattern in config.freeze)
+
+
+def count_frozen(config: OptimConfig, params) -> int:
+    """How many numbers of the parameters do not learn."""
+    leaves = zip(paths(params), jax.tree.leaves(params), strict=True)
+    return sum(x.size for path, x in leaves if is_frozen(config, path))
+
+
+def _multiply(config: OptimConfig, params) -> optax.GradientTransformation:
+    """Scales the updates of parameter groups; the first pattern that matches a path counts."""
+    _check_patterns("lr_multipliers", [p for p, _ in config.lr_multipliers], paths(params))
 
     def factor(path: str) -> float:
         for pattern, value in config.lr_multipliers:
@@ -77,23 +97,35 @@ def _muon_dimensions(params):
     return _map_paths(dimensions, params)
 
 
-def make_optimizer(config: OptimConfig, params, num_steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run.
+def _adafactor(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """optax's, with rates that mean what AdamW's do: not scaled by the parameters' size, and weight
+    decay times the rate."""
+    if config.moment_dtype != "float32":
+        raise UserError(
+            f"optim.moment_dtype={config.moment_dtype}: Adafactor keeps no first moment, and its "
+            "factored second ones are small; leave it float32"
+        )
+    core = optax.adafactor(
+        min_dim_size_to_factor=_FACTOR_FROM, multiply_by_parameter_scale=False, momentum=None
+    )
+    # The sign is turned twice: by optax's own last step, and with the rate.
+    return optax.chain(
+        core,
+        optax.add_decayed_weights(-config.weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(rate, flip_sign=False),
+    )
 
-    Args:
-      config: settings.
-      params: parameters or their shapes, for the patterns of `lr_multipliers`.
-      num_steps: length of the schedule.
 
-    Raises:
-      UserError: a pattern that matches no parameter.
-    """
+def _core(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     rate = schedule(config, config.peak_lr, num_steps)
+    if config.name == "adafactor":
+        return _adafactor(config, rate)
     if config.name == "muon":
-        core = optax.contrib.muon(
+        return optax.contrib.muon(
             learning_rate=schedule(config, config.muon_lr, num_steps),
             weight_decay=config.weight_decay,
             weight_decay_mask=decay_mask,
+            mu_dtype=config.moment_dtype,
             adam_b1=config.b1,
             adam_b2=config.b2,
             eps=config.eps,
@@ -101,17 +133,44 @@ def make_optimizer(config: OptimConfig, params, num_steps: int) -> optax.Gradien
             adam_learning_rate=rate,
             muon_weight_dimension_numbers=_muon_dimensions,
         )
-    else:
-        core = optax.adamw(
-            rate,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        )
+    return optax.adamw(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        mu_dtype=config.moment_dtype,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+
+
+def make_optimizer(config: OptimConfig, params, num_steps: int) -> optax.GradientTransformation:
+    """The optimizer of a run.
+
+    Frozen parameters have no part in it: no state, no update, no share in the clipped norm.
+
+    Args:
+      config: settings.
+      params: parameters or their shapes, for the patterns of `lr_multipliers` and `freeze`.
+      num_steps: length of the schedule.
+
+    Raises:
+      UserError: a pattern that matches no parameter; nothing is left to learn.
+    """
     chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-    chain.append(core)
+    chain.append(_core(config, num_steps))
     if config.lr_multipliers:
         chain.append(_multiply(config, params))
-    return optax.chain(*chain)
+    learning = optax.chain(*chain)
+    if not config.freeze:
+        return learning
+    known = paths(params)
+    _check_patterns("freeze", config.freeze, known)
+    if all(is_frozen(config, path) for path in known):
+        raise UserError(f"optim.freeze: nothing is left to learn of {len(known)} parameters")
+    return optax.partition(
+        {"learning": learning, "frozen": optax.set_to_zero()},
+        lambda tree: _map_paths(
+            lambda path: "frozen" if is_frozen(config, path) else "learning", tree
+        ),
+    )

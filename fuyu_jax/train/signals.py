@@ -29,4 +29,5 @@ class StopSignal:
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            # Not set from Python (JAX's notice of preemption is not): it cannot be set again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

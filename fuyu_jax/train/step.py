@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from fuyu_jax.batch import PackedBatch
 from fuyu_jax.model.decoder import Decoder
 from fuyu_jax.model.loss import loss_sums
+from fuyu_jax.parallel.fsdp import Fsdp
 from fuyu_jax.parallel.mesh import batch_sharding, state_shardings
+from fuyu_jax.parallel.shards import ROW_AXES
 
 
 class TrainState(NamedTuple):
@@ -43,6 +46,28 @@ class StepMetrics(NamedTuple):
     halted: jax.Array
 
 
+class Shapes(NamedTuple):
+    """A state before it is made: the model's graph definition, and shapes and shardings."""
+
+    graph: nnx.GraphDef
+    state: TrainState
+    shardings: TrainState
+
+
+def _begin(tx: optax.GradientTransformation, params: Any) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, tx.init(params), zero)
+
+
+def state_shapes(
+    make_model: Callable[[], Decoder], optimizer: Callable[[Any], Any], mesh: Mesh
+) -> Shapes:
+    """What `create_state` makes, without making it."""
+    graph, params = nnx.split(nnx.eval_shape(make_model))
+    shapes = jax.eval_shape(lambda p: _begin(optimizer(p), p), params)
+    return Shapes(graph, shapes, state_shardings(shapes, mesh))
+
+
 def create_state(
     make_model: Callable[[], Decoder],
     optimizer: Callable[[Any], Any],
@@ -60,24 +85,62 @@ def create_state(
     Returns:
       The model's graph definition, the state, and the state's shardings.
     """
-    graph, shapes = nnx.split(nnx.eval_shape(make_model))
-    tx = optimizer(shapes)
-
-    def begin(params: Any) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, tx.init(params), zero)
+    graph, shapes, shardings = state_shapes(make_model, optimizer, mesh)
+    tx = optimizer(shapes.params)
 
     def make() -> TrainState:
-        return begin(nnx.split(make_model())[1])
+        return _begin(tx, nnx.split(make_model())[1])
 
-    shardings = state_shardings(jax.eval_shape(make), mesh)
     if read_params is None:
         return graph, jax.jit(make, out_shardings=shardings)(), shardings
-    params = read_params(shapes)
+    params = read_params(shapes.params)
     rest = jax.jit(
-        lambda p: begin(p)._replace(params=None), out_shardings=shardings._replace(params=None)
+        lambda p: _begin(tx, p)._replace(params=None), out_shardings=shardings._replace(params=None)
     )
     return graph, rest(params)._replace(params=params), shardings
+
+
+def _make_gradient(graph: nnx.GraphDef, fsdp: Fsdp):
+    """A function (params, batch [A, B, ...], factor) → gradients and the sums of loss, patch loss
+    and hits, all over all rows; it runs inside `shard_map` over the rows' axes.
+
+    Parameters outside the layers are gathered once a step, a layer's once a pass over it.
+    """
+
+    def loss_of(params: Any, batch: PackedBatch, factor: jax.Array):
+        model = nnx.merge(graph, params)
+        hidden, patch_loss = model.training_states(batch, fsdp.layer if fsdp.gathers else None)
+        loss, hits = loss_sums(
+            hidden,
+            model.head_kernel(),
+            batch.tokens,
+            batch.loss_weights,
+            z_loss=model.config.z_loss,
+        )
+        return loss + factor * patch_loss, (loss, patch_loss, hits)
+
+    def one(params: Any, batch: PackedBatch, factor: jax.Array):
+        grads, sums = jax.grad(loss_of, has_aux=True)(params, batch, factor)
+        return fsdp.scatter_rest(grads), sums
+
+    def gradient(params: Any, batch: PackedBatch, factor: jax.Array):
+        whole = fsdp.rest(params)
+        first = jax.tree.map(lambda x: x[0], batch)
+        if batch.tokens.shape[0] == 1:
+            grads, sums = one(whole, first, factor)
+        else:
+            shapes = jax.eval_shape(one, whole, first, factor)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+            def add(total, part):
+                # libtpu 0.0.42 fails where it tries to move a scatter behind this loop.
+                more = jax.lax.optimization_barrier(one(whole, part, factor))
+                return jax.tree.map(jnp.add, total, more), None
+
+            grads, sums = jax.lax.scan(add, zeros, batch)[0]
+        return fsdp.sum_gradients(grads), jax.lax.psum(sums, ROW_AXES)
+
+    return gradient
 
 
 def make_train_step(
@@ -95,34 +158,45 @@ def make_train_step(
     memory and nothing else. The model's loss on patches, where it has one, is added as a mean over
     all patches times its weight.
     """
+    jitted = jit_train_step(
+        graph, tx, shardings, mesh, image_id=image_id, patch_loss_weight=patch_loss_weight
+    )
 
-    def loss_of(params: Any, batch: PackedBatch, factor: jax.Array):
-        model = nnx.merge(graph, params)
-        hidden, patch_loss = model.training_states(batch)
-        loss, hits = loss_sums(hidden, model.head_kernel(), batch.tokens, batch.loss_weights)
-        return loss + factor * patch_loss, (loss, patch_loss, hits)
+    def run(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
 
-    gradient = jax.grad(loss_of, has_aux=True)
+    return run
 
-    def accumulate(params: Any, batch: PackedBatch, factor: jax.Array):
-        if batch.tokens.shape[0] == 1:
-            return gradient(params, jax.tree.map(lambda x: x[0], batch), factor)
 
-        def add(sums, one):
-            return jax.tree.map(jnp.add, sums, gradient(params, one, factor)), None
-
-        one = jax.tree.map(lambda x: x[0], batch)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, params, one, factor)
-        )
-        return jax.lax.scan(add, zeros, batch)[0]
+def jit_train_step(
+    graph: nnx.GraphDef,
+    tx: optax.GradientTransformation,
+    shardings: Any,
+    mesh: Mesh,
+    *,
+    image_id: int,
+    patch_loss_weight: float = 0.0,
+):
+    """`make_train_step`'s jitted function, to be called or lowered under `jax.set_mesh(mesh)`."""
+    model = nnx.merge(graph, jax.tree.map(lambda _: None, shardings.params))
+    fsdp = Fsdp.of(shardings.params, model.dtype)
+    gradient = jax.shard_map(
+        _make_gradient(graph, fsdp),
+        mesh=mesh,
+        in_specs=(fsdp.row_specs(), P(None, ROW_AXES), P()),
+        out_specs=(fsdp.row_specs(), P()),
+        # A kernel for TPU wants every axis to be manual; a tensor axis that splits nothing is.
+        axis_names=set(ROW_AXES) | ({"tensor"} if mesh.shape["tensor"] == 1 else set()),
+        check_vma=False,
+    )
 
     def step(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
         weight = jnp.maximum(batch.loss_weights.sum(), 1e-6)
         patches = jnp.maximum((batch.tokens == image_id).sum(), 1)
         # Gradients are divided by the answers' weight, of all rows together; so this is, too.
         factor = patch_loss_weight * weight / patches
-        grads, (loss, patch_loss, hits) = accumulate(state.params, batch, factor)
+        grads, (loss, patch_loss, hits) = gradient(state.params, batch, factor)
         loss = loss / weight
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
@@ -150,15 +224,9 @@ def make_train_step(
         )
         return new, metrics
 
-    jitted = jax.jit(
+    return jax.jit(
         step,
         donate_argnums=0,
         in_shardings=(shardings, batch_sharding(mesh, leading=1)),
         out_shardings=(shardings, None),
     )
-
-    def run(state: TrainState, batch: PackedBatch) -> tuple[TrainState, StepMetrics]:
-        with jax.set_mesh(mesh):  # attention and loss keep to each device's own rows
-            return jitted(state, batch)
-
-    return run

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fuyu_jax.evals import runner
+from fuyu_jax.parallel import hosts
+from fuyu_jax.train.measure import peak_device_bytes
 from fuyu_jax.train.metrics import peak_rss_bytes, read_metrics
 
 if TYPE_CHECKING:
@@ -57,9 +59,12 @@ def write_summary(trainer: "Trainer") -> dict[str, Any]:
         summary["compositional"] = scores["compositional"]["exact_match"]
         summary["compositional_by_family"] = _by_family(scores["compositional"], "exact_match")
     summary["peak_rss_bytes"] = peak_rss_bytes()
-    draw_curves(workdir)
-    runner.write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"summary: {workdir / 'summary.json'}", flush=True)
+    if held := peak_device_bytes():
+        summary["peak_device_bytes"] = held
+    if hosts.first():
+        draw_curves(workdir)
+        runner.write_whole(workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        print(f"summary: {workdir / 'summary.json'}", flush=True)
     return summary
 
 
@@ -73,7 +78,7 @@ def _evaluate(trainer: "Trainer", name: str, split: str, blind: bool) -> dict[st
         blind=blind,
         about={"split": split, "step": trainer.config.num_steps},
     )
-    print(f"\n{name}\n{runner.table(metrics)}", flush=True)
+    hosts.say(f"\n{name}\n{runner.table(metrics)}")
     return metrics
 
 
