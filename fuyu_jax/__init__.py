@@ -9,7 +9,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     # JAX is imported only where a model is opened.
     if name == "load":
-        from fuyu_jax.generate.pretrained import load
+        from fuyu_jax.generate.opening import load
 
         return load
     raise AttributeError(f"module 'fuyu_jax' has no attribute {name!r}")

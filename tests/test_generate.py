@@ -14,7 +14,6 @@ from fuyu_jax.data.layout import LayoutPolicy, lay_out
 from fuyu_jax.data.rows import fill_row, with_pixels
 from fuyu_jax.data.sources.llava import LlavaSource
 from fuyu_jax.generate import Engine
-from fuyu_jax.generate.engine import bucket
 from fuyu_jax.model import make_decoder
 
 POLICY = LayoutPolicy(patch_size=8)
@@ -112,8 +111,3 @@ def test_windowed_attention_decodes_like_the_whole_pass(llava_json, tokenizer, t
     prompts = [split_answer(source[i])[0] for i in (0, 1, 2)]
     for prompt, answer in zip(prompts, engine.answer(params, prompts), strict=True):
         assert answer.tokens == greedy_without_cache(engine, params, prompt)
-
-
-@pytest.mark.parametrize(("length", "size"), [(1, 64), (64, 64), (65, 128), (1000, 1024)])
-def test_buckets_are_powers_of_two(length, size):
-    assert bucket(length) == size

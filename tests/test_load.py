@@ -115,6 +115,43 @@ def test_64_greedy_tokens_are_theirs_batched_and_alone(fuyu):
         assert [a.tokens for a in found] == alone
 
 
+@pytest.mark.parametrize(
+    ("beams", "penalty", "ends"),
+    [(2, 1.0, 1), (4, 1.0, 40), (4, 0.0, 40), (3, 2.0, 40), (5, 1.0, 3)],
+)
+def test_beams_find_their_answers(fuyu, beams, penalty, ends):
+    theirs, ours = fuyu
+    # Of so many ids each ends an answer, so that finished and unfinished ones compete.
+    rng = np.random.default_rng(beams)
+    stop = rng.choice(np.arange(5, ours.config.vocab_size), ends, replace=False).tolist()
+    expected = []
+    for prompt in PROMPTS:
+        _, inputs = their_inputs(ours, [prompt])
+        out = theirs.generate(
+            **inputs,
+            max_new_tokens=12,
+            do_sample=False,
+            num_beams=beams,
+            length_penalty=penalty,
+            eos_token_id=stop,
+            pad_token_id=0,
+        )[0, inputs["input_ids"].shape[1] :].tolist()
+        end = next((i for i, t in enumerate(out) if t in stop), len(out))
+        expected.append((tuple(out[:end]), end < len(out)))
+    greedy = [a.tokens for a in ours.generate(PROMPTS, 12, eos_ids=stop)]
+    for size in (1, 32):
+        found = ours.generate(
+            PROMPTS,
+            12,
+            num_beams=beams,
+            length_penalty=penalty,
+            eos_ids=stop,
+            batch_size=size,
+        )
+        assert [(a.tokens, a.finished) for a in found] == expected
+    assert [e[0] for e in expected] != greedy  # the search makes a difference
+
+
 def test_an_answer_ends_where_their_files_say(fuyu, tmp_path):
     _, ours = fuyu
     whole = ours.generate(PROMPTS, 8, eos_ids=())

@@ -1,36 +1,30 @@
-"""Greedy generation in batches with a KV cache.
+"""Answers to prompts: laid out as in training, run by a `Session`, decoded to text."""
 
-Prompts are sorted by length and grouped into batches of one shape a bucket (powers of two), so
-that prompts of all lengths take few compilations.
-"""
-
-import contextlib
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Int32
 
-from fuyu_jax.batch import PackedBatch
-from fuyu_jax.data.example import BadImageError, Example
+from fuyu_jax.data.example import Example
 from fuyu_jax.data.layout import Layout, LayoutPolicy, lay_out
-from fuyu_jax.data.rows import PatchedExample, fill_row, with_pixels
-from fuyu_jax.model.decoder import Decoder
-from fuyu_jax.parallel.mesh import batch_sharding, row_devices
+from fuyu_jax.errors import UserError
+from fuyu_jax.generate.beams import run_beams
+from fuyu_jax.generate.programs import STEPS, Words
+from fuyu_jax.generate.prompts import Prompt
+from fuyu_jax.generate.sampling import Sampling
+from fuyu_jax.generate.session import Session
+from fuyu_jax.generate.work import Usage, Work
 from fuyu_jax.tokenizer import Tokenizer
 
-SMALLEST_BUCKET = 64
+_STREAMED = 4  # steps between calls of `on_text`
+_UNFINISHED = "\ufffd"  # what a text ends with where a character's bytes are not all there
 
 
 class Answer(NamedTuple):
     """What the model said.
 
-    tokens: without `|ENDOFTEXT|`. finished: it ended by itself. error: why there is no answer.
+    tokens: without what ended it. finished: it ended by itself. error: why there is no answer.
     """
 
     text: str
@@ -39,62 +33,12 @@ class Answer(NamedTuple):
     error: str = ""
 
 
-def bucket(length: int) -> int:
-    """The smallest power of two, from 64 on, that holds a length."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+class Beams(NamedTuple):
+    """Beam search: `number` of beams, and what a sum of log-probabilities is divided by: the number
+    of tokens to this power."""
 
-
-NOTHING = -1  # in the result, after a row's end
-
-
-@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos_ids", "banned"))
-def generate_tokens(
-    graph: nnx.GraphDef,
-    params: Any,
-    batch: PackedBatch,
-    lengths: Int32[Array, "B"],
-    *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    banned: tuple[int, ...],
-) -> Int32[Array, "B N"]:
-    """Greedy continuations of one prompt a row.
-
-    Args:
-      graph, params: the model.
-      batch: one segment a row, beginning at index 0.
-      lengths: of the prompts.
-      max_new_tokens: N; the loop stops before where every row has ended.
-      eos_ids: each ends a row; what follows in the result is `NOTHING`.
-      banned: ids that are never chosen.
-    """
-    model: Decoder = nnx.merge(graph, params)
-    rows = jnp.arange(lengths.shape[0])
-    hidden, cache = model.prefill(batch, batch.tokens.shape[1] + max_new_tokens)
-
-    def choose(hidden):
-        logits = model.logits(hidden).at[:, jnp.asarray(banned, jnp.int32)].set(-jnp.inf)
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    first = choose(hidden[rows, lengths - 1])
-    out = jnp.full((lengths.shape[0], max_new_tokens), NOTHING, jnp.int32)
-    ends = jnp.asarray(eos_ids, jnp.int32)
-
-    def going(carry):
-        i, _, done, _, _ = carry
-        return (i < max_new_tokens) & ~done.all()
-
-    def body(carry):
-        i, token, done, out, cache = carry
-        out = out.at[:, i].set(jnp.where(done, NOTHING, token))
-        done = done | (token[:, None] == ends).any(axis=1)
-        at = lengths + i
-        hidden, cache = model.decode(token, at, at, cache)
-        return i + 1, choose(hidden), done, out, cache
-
-    # Rows of length 0 are filling and are done before they begin.
-    carry = (jnp.zeros((), jnp.int32), first, lengths == 0, out, cache)
-    return jax.lax.while_loop(going, body, carry)[3]
+    number: int
+    length_penalty: float = 1.0
 
 
 class Engine:
@@ -103,11 +47,13 @@ class Engine:
     Args:
       graph: the model's graph definition; parameters are given at each call.
       tokenizer, policy: as in training.
-      batch_size: prompts at a time.
+      batch_size: prompts that are answered at a time.
       max_new_tokens: the longest answer.
-      mesh: lays the prompts of a batch over its devices, where their number divides.
+      mesh: rows over its `data` and `fsdp`, heads over `tensor`.
       eos_ids: what ends an answer, if not the tokenizer's `|ENDOFTEXT|` alone; may be empty.
       banned: ids that are never chosen, if not padding and the marks of layouts.
+      keep: the cache stays between calls, and what is in it is used again: only where the
+        parameters are always the same.
     """
 
     def __init__(
@@ -121,8 +67,9 @@ class Engine:
         mesh: Mesh | None = None,
         eos_ids: tuple[int, ...] | None = None,
         banned: tuple[int, ...] | None = None,
+        keep: bool = False,
+        usage: Usage | None = None,
     ):
-        self.mesh = mesh
         self.graph = graph
         self.tokenizer = tokenizer
         self.policy = policy
@@ -137,84 +84,133 @@ class Engine:
         )
         # A language model that never saw `<0x04>` goes on where the text ends.
         self.ask = t.answer_id is not None
+        self.keep = keep
+        self.mesh = mesh
+        self.usage = usage or Usage()
+        self._session: Session | None = None
 
     def answer(
         self, params: Any, prompts: Sequence[Example], *, blind: bool = False
     ) -> list[Answer]:
-        """Answers in the order of the prompts.
+        """Greedy answers in the order of the prompts.
 
         Args:
           params: of the model.
           prompts: examples without their last answer (`split_answer`).
           blind: all patches zeroed: what the model can tell without its eyes.
         """
-        answers: list[Answer | None] = [None] * len(prompts)
-        for index, answer in self.stream(params, prompts, blind=blind):
-            answers[index] = answer
-        assert all(a is not None for a in answers)
-        return [a for a in answers if a is not None]
+        answers = dict(self.stream(params, prompts, blind=blind))
+        return [answers[i] for i in range(len(prompts))]
 
     def stream(
-        self, params: Any, prompts: Sequence[Example], *, blind: bool = False
+        self,
+        params: Any,
+        prompts: Sequence[Example],
+        *,
+        blind: bool = False,
+        sampling: Sampling | None = None,
+        beams: Beams | None = None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
-        """(index, answer) batch by batch, shortest prompts first.
+        """(index, answer) as they are finished, in any order.
 
         A prompt whose image is missing or broken is answered with an error.
+
+        Args:
+          params, prompts, blind: as in `answer`.
+          sampling: how tokens are chosen; the likeliest if not given.
+          beams: search for the likeliest answer instead.
+          on_text: told what is added to which prompt's answer, as it is said.
         """
-        layouts = [lay_out(p, self.tokenizer, self.policy, ask=self.ask) for p in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(layouts[i].tokens))
-        for at in range(0, len(order), self.batch_size):
-            group = order[at : at + self.batch_size]
-            ready: list[tuple[int, PatchedExample]] = []
-            for i in group:
-                try:
-                    ready.append((i, with_pixels(prompts[i], layouts[i], self.policy)))
-                except BadImageError as error:
-                    yield i, Answer("", (), False, str(error))
-            if ready:
-                yield from self._answer_batch(params, ready, blind)
+        laid = [lay_out(p, self.tokenizer, self.policy, ask=self.ask) for p in prompts]
+        made: list[Prompt] = []
+        for i, (example, layout) in enumerate(zip(prompts, laid, strict=True)):
+            made.append(self._prompt(i, example, layout, max_new=self.max_new_tokens, blind=blind))
+        told: dict[int, str] = {}
 
-    def _answer_batch(
-        self, params: Any, ready: list[tuple[int, PatchedExample]], blind: bool
-    ) -> Iterator[tuple[int, Answer]]:
-        layouts = [example.layout for _, example in ready]
-        batch, lengths = self._batch([example for _, example in ready], layouts)
-        if blind:
-            batch = batch._replace(patches=np.zeros_like(batch.patches))
-        tokens = self._generate(params, batch, lengths)
-        for (i, example), row in zip(ready, np.asarray(tokens).tolist(), strict=False):
-            ends = (at for at, t in enumerate(row) if t == NOTHING or t in self.eos_ids)
-            end = next(ends, len(row))
-            finished, kept = end < len(row), row[:end]
-            text = self.tokenizer.decode(kept, example.layout.box_scale)
-            yield i, Answer(text, tuple(kept), finished)
+        def tell(work: Work) -> None:
+            text = self._text(work)
+            i, before = work.prompt.number, told.get(work.prompt.number, "")
+            if on_text and len(text) > len(before) and not text.endswith(_UNFINISHED):
+                told[i] = text
+                on_text(i, text[len(before) :])
 
-    def _generate(self, params: Any, batch: PackedBatch, lengths: np.ndarray) -> jax.Array:
-        mesh = self.mesh
-        spread = mesh is not None and self.batch_size % row_devices(mesh) == 0
-        sharding = batch_sharding(mesh) if spread else None
-        with jax.set_mesh(mesh) if spread else contextlib.nullcontext():
-            return generate_tokens(
-                self.graph,
-                params,
-                jax.device_put(batch, sharding),
-                jax.device_put(lengths, sharding),
-                max_new_tokens=self.max_new_tokens,
-                eos_ids=self.eos_ids,
-                banned=self.banned,
-            )
+        session = self._open(params)
+        try:
+            if beams is not None:
+                works = run_beams(session, params, _alike_together(made), *beams)
+            else:
+                works = session.run(
+                    params,
+                    _alike_together(made),
+                    sampling,
+                    steps=_STREAMED if on_text else STEPS,
+                    on_said=tell if on_text else None,
+                )
+            for work in works:
+                yield work.prompt.number, self._answer(work)
+        finally:
+            if not self.keep:
+                session.forget()
 
-    def _batch(
-        self, examples: list[PatchedExample], layouts: list[Layout]
-    ) -> tuple[PackedBatch, np.ndarray]:
-        size = bucket(max(len(x.tokens) for x in layouts))
-        patches = max(x.num_patches for x in layouts)
-        # Patches are never more than tokens, so one bucket serves both.
-        room = size if patches else 0
-        channels = self.policy.patch_size**2 * 3
-        batch = PackedBatch.empty(self.batch_size, size, room, channels)
-        lengths = np.zeros(self.batch_size, np.int32)
-        for row, example in enumerate(examples):
-            fill_row(batch, row, [example])
-            lengths[row] = len(example.layout.tokens)
-        return batch, lengths
+    def score(
+        self, params: Any, pairs: Sequence[tuple[Example, Layout, int]]
+    ) -> Iterator[tuple[int, Work | str]]:
+        """(index, log-probabilities) of continuations as they are known, in any order; a text says
+        why there are none.
+
+        Args:
+          pairs: an example, its layout with the continuation's tokens behind the prompt's, and
+            the index of the first of those.
+        """
+        made = []
+        for i, (example, layout, begin) in enumerate(pairs):
+            made.append(self._prompt(i, example, layout, begin=begin))
+        session = self._open(params)
+        try:
+            for work in session.run(params, _alike_together(made)):
+                yield work.prompt.number, work.error or work
+        finally:
+            if not self.keep:
+                session.forget()
+
+    def _open(self, params: Any) -> Session:
+        """The session, with the settings of now."""
+        if self._session is None:
+            config = nnx.merge(self.graph, params).config
+            self._session = Session(self.graph, config, mesh=self.mesh, usage=self.usage)
+        self._session.set(Words(self.eos_ids, self.banned), self.batch_size)
+        return self._session
+
+    def forget(self) -> None:
+        """Gives the cache's memory back."""
+        if self._session is not None:
+            self._session.forget()
+
+    def _prompt(self, number: int, example: Example, layout: Layout, **settings: Any) -> Prompt:
+        if not len(layout.tokens):
+            raise UserError(f"{example.id}: the prompt has no token")
+        image_id = self.tokenizer.image_id
+        return Prompt(number, example, layout, self.policy, image_id=image_id, **settings)
+
+    def _said(self, work: Work) -> tuple[list[int], bool]:
+        """What was said before it ended, and whether it ended."""
+        end = next((i for i, t in enumerate(work.said) if t in self.eos_ids), len(work.said))
+        return work.said[:end], end < len(work.said)
+
+    def _text(self, work: Work) -> str:
+        return self.tokenizer.decode(self._said(work)[0], work.prompt.layout.box_scale)
+
+    def _answer(self, work: Work) -> Answer:
+        if work.error:
+            return Answer("", (), False, work.error)
+        said, finished = self._said(work)
+        return Answer(self._text(work), tuple(said), finished)
+
+
+def _alike_together(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Prompts that begin alike one after another, in the order of the first of each."""
+    groups: dict[tuple[object, ...], list[Prompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(prompt.beginning, []).append(prompt)
+    return [p for group in groups.values() for p in group]

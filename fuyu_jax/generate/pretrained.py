@@ -1,37 +1,28 @@
-"""`fuyu_jax.load`: a model to be asked, from a Hugging Face folder or one of our checkpoints."""
+"""A model to be asked: what `fuyu_jax.load` gives."""
 
 import contextlib
 import dataclasses
 import functools
-import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32
 
 from fuyu_jax.batch import PackedBatch
-from fuyu_jax.config import MeshConfig, ModelConfig
-from fuyu_jax.data.example import BadImageError
-from fuyu_jax.data.layout import lay_out
+from fuyu_jax.config import ModelConfig
+from fuyu_jax.data.example import BadImageError, Example
+from fuyu_jax.data.layout import Layout, lay_out
 from fuyu_jax.data.processor import Processor
 from fuyu_jax.data.rows import PatchedExample, fill_row, with_pixels
 from fuyu_jax.errors import UserError
-from fuyu_jax.generate.engine import Answer, Engine, bucket
-from fuyu_jax.generate.loading import load_checkpoint
-from fuyu_jax.interop import describe, read_params
-from fuyu_jax.interop.files import KEPT, TOKENIZER_FILES, is_work_folder
-from fuyu_jax.interop.images import image_policy, read_json
-from fuyu_jax.model.decoder import Decoder, make_decoder
-from fuyu_jax.parallel.mesh import make_mesh
-from fuyu_jax.text_tokenizer import NoTokenizer, TextTokenizer
+from fuyu_jax.generate.compiling import compiled
+from fuyu_jax.generate.engine import Answer, Beams, Engine
+from fuyu_jax.generate.sampling import Sampling
+from fuyu_jax.model.decoder import Decoder
 from fuyu_jax.tokenizer import Tokenizer
-
-_HUB_FILES = ("*.json", "*.safetensors", "*.model")
 
 
 class Score(NamedTuple):
@@ -57,14 +48,9 @@ def _logits(graph: nnx.GraphDef, params: Any, hidden: Array) -> Float32[Array, "
     return nnx.merge(graph, params).logits(hidden)
 
 
-@functools.partial(jax.jit, static_argnames="graph")
-def _next_scores(
-    graph: nnx.GraphDef, params: Any, hidden: Array, targets: Int32[Array, "S"]
-) -> tuple[Float32[Array, "S"], Int32[Array, "S"]]:
-    """Log probability of every target, and the likeliest token in its place."""
-    logits = nnx.merge(graph, params).logits(hidden)
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)
-    return chosen[:, 0], jnp.argmax(logits, axis=1).astype(jnp.int32)
+def bucket(length: int) -> int:
+    """The smallest power of two, from 64 on, that holds a length."""
+    return max(64, 1 << (length - 1).bit_length())
 
 
 class PretrainedModel:
@@ -95,6 +81,16 @@ class PretrainedModel:
         self.params = params
         self.eos_ids = eos_ids
         self.mesh = mesh
+        self._compilations = compiled().number
+        self._engine = Engine(
+            graph, processor.tokenizer, processor.policy, mesh=mesh, eos_ids=eos_ids, keep=True
+        )
+
+    def with_processor(self, processor: Processor) -> "PretrainedModel":
+        """The same model behind another processor."""
+        return PretrainedModel(
+            processor, self.config, self.graph, self.params, self.eos_ids, self.mesh
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -123,46 +119,83 @@ class PretrainedModel:
         max_new_tokens: int = 64,
         *,
         batch_size: int = 0,
+        temperature: float | int = 0.0,
+        top_p: float | int = 1.0,
+        num_beams: int = 1,
+        length_penalty: float | int = 1.0,
+        seed: int = 0,
         eos_ids: Sequence[int] | None = None,
         banned: Sequence[int] = (),
+        on_answer: Callable[[int, Answer], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
-        """Greedy answers, in the order of the prompts; they do not depend on the batch.
+        """Answers, in the order of the prompts; they do not depend on the batch.
+
+        Prompts are packed, a row that ends is given the next prompt, and what prompts begin alike
+        (an image, demonstrations) is computed once. The cache stays for the next call: `forget`
+        gives its memory back.
 
         Args:
           prompts: each as above.
           max_new_tokens: the longest answer.
-          batch_size: prompts at a time; by default all, but 32 at most.
+          batch_size: answers that are decoded together (with beams: beams); by default all, but 32
+            at most.
+          temperature: 0 takes the likeliest token, more draws by chance.
+          top_p: draws only of the likeliest tokens that together have this probability.
+          num_beams: more than 1 searches for the likeliest answer.
+          length_penalty: with beams: what a sum of log-probabilities is divided by is the answer's
+            length to this power.
+          seed: of what is drawn by chance.
           eos_ids: what ends an answer, if not what the model's own files say; may be empty.
           banned: ids that are never chosen.
+          on_answer: told of each answer when it is finished, in any order. With it a missing or
+            broken image is an answer with an error.
+          on_text: told what is added to which answer, as it is said (not with beams).
 
         Raises:
-          UserError: something in a prompt cannot be taken; a prompt without a token.
-          BadImageError: an image that is missing or broken.
+          UserError: something in a prompt cannot be taken; a prompt without a token; settings
+            that make no sense.
+          BadImageError: an image that is missing or broken, without `on_answer`.
         """
         if isinstance(prompts, str):
             raise UserError("prompts: give a list of prompts, not one text")
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens}: give 1 or more")
+        if batch_size < 0:
+            raise UserError(f"batch_size={batch_size}: give 1 or more, or 0 for all")
+        sampling = Sampling(temperature, top_p, seed)
+        sampling.check()
+        if num_beams < 1:
+            raise UserError(f"num_beams={num_beams}: give 1 or more")
+        if num_beams > 1 and (temperature or on_text):
+            raise UserError(
+                f"num_beams={num_beams}: beams neither draw by chance (temperature) nor say "
+                "anything before they are done (on_text)"
+            )
         examples = [self.processor.example(p, id=f"prompt {i}") for i, p in enumerate(prompts)]
         if not examples:
             return []
-        engine = Engine(
-            self.graph,
-            self.tokenizer,
-            self.processor.policy,
-            batch_size=batch_size or min(len(examples), 32),
-            max_new_tokens=max_new_tokens,
-            mesh=self.mesh,
-            eos_ids=self.eos_ids if eos_ids is None else tuple(int(t) for t in eos_ids),
-            banned=tuple(int(t) for t in banned),
-        )
+        engine = self._engine
+        engine.batch_size = batch_size or min(len(examples) * num_beams, 32)
+        engine.max_new_tokens = max_new_tokens
+        engine.eos_ids = self.eos_ids if eos_ids is None else tuple(int(t) for t in eos_ids)
+        engine.banned = tuple(int(t) for t in banned)
         for example in examples:
             self._check(example.id, lay_out(example, self.tokenizer, engine.policy, ask=engine.ask))
-        answers = engine.answer(self.params, examples)
-        for example, answer in zip(examples, answers, strict=True):
-            if answer.error:
-                raise BadImageError(f"{example.id}: {answer.error}")
-        return answers
+        answers: dict[int, Answer] = {}
+        for i, answer in engine.stream(
+            self.params,
+            examples,
+            sampling=sampling,
+            beams=Beams(num_beams, length_penalty) if num_beams > 1 else None,
+            on_text=on_text,
+        ):
+            if on_answer is not None:
+                on_answer(i, answer)
+            elif answer.error:
+                raise BadImageError(f"{examples[i].id}: {answer.error}")
+            answers[i] = answer
+        return [answers[i] for i in range(len(examples))]
 
     def score(self, prompt: Any, continuation: Any) -> Score:
         """How likely a continuation is after a prompt.
@@ -173,41 +206,85 @@ class PretrainedModel:
 
         Raises:
           UserError: as in `logits`; a continuation without a token.
+          BadImageError: an image that is missing or broken.
         """
-        ready = self._ready(prompt)
-        scale = ready.layout.box_scale
-        if isinstance(continuation, str):
-            ids = self.tokenizer.encode(continuation, scale)
-            size = len(continuation.encode("utf-8", "surrogatepass"))
+        return self.scores([(prompt, continuation)])[0]
+
+    def scores(
+        self,
+        pairs: Sequence[tuple[Any, Any]],
+        *,
+        on_score: Callable[[int, Score | str], None] | None = None,
+    ) -> list[Score]:
+        """How likely continuations are after their prompts, in the order of the pairs.
+
+        What prompts begin alike is computed once: give a context's choices in one call.
+
+        Args:
+          pairs: a prompt and a continuation each, as in `score`.
+          on_score: told of each score when it is known, in any order, or why there is none. With it
+            a missing or broken image is no error, and its score is not in the result.
+
+        Raises:
+          UserError: as in `score`.
+          BadImageError: an image that is missing or broken, without `on_score`.
+        """
+        made = [self._pair(i, prompt, words) for i, (prompt, words) in enumerate(pairs)]
+        found: dict[int, Score] = {}
+        laid = [(example, layout, begin) for example, layout, begin, _ in made]
+        for i, work in self._engine.score(self.params, laid):
+            if isinstance(work, str):
+                if on_score is None:
+                    raise BadImageError(f"{made[i][0].id}: {work}")
+                on_score(i, work)
+                continue
+            logprobs = np.asarray(work.logprobs, np.float32)
+            size = len(logprobs)
+            found[i] = Score(
+                float(logprobs.sum(dtype=np.float32)), size, made[i][3], all(work.best)
+            )
+            if on_score is not None:
+                on_score(i, found[i])
+        return [found[i] for i in sorted(found)]
+
+    def _pair(self, number: int, prompt: Any, words: Any) -> tuple[Example, Layout, int, int]:
+        """A prompt with a continuation behind it, where that begins, and its bytes."""
+        example = self.processor.example(prompt, id=f"prompt {number}")
+        ask = self.tokenizer.answer_id is not None
+        layout = lay_out(example, self.tokenizer, self.processor.policy, ask=ask)
+        self._check(example.id, layout)
+        if isinstance(words, str):
+            ids = self.tokenizer.encode(words, layout.box_scale)
+            size = len(words.encode("utf-8", "surrogatepass"))
         else:
-            ids = [int(t) for t in continuation]
-            size = len(self.tokenizer.decode(ids, scale).encode())
+            ids = [int(t) for t in words]
+            size = len(self.tokenizer.decode(ids, layout.box_scale).encode())
         if not ids:
-            raise UserError("continuation: it has no token")
+            raise UserError(f"{example.id}: the continuation has no token")
         self._check_ids(ids)
-        begin = len(ready.layout.tokens)
-        tokens = np.concatenate([ready.layout.tokens, np.asarray(ids, np.int32)])
-        layout = dataclasses.replace(
-            ready.layout,
+        begin = len(layout.tokens)
+        tokens = np.concatenate([layout.tokens, np.asarray(ids, np.int32)])
+        longer = dataclasses.replace(
+            layout,
             tokens=tokens,
             positions=np.arange(len(tokens), dtype=np.int32),
             loss_weights=np.zeros(len(tokens), np.float32),
         )
-        hidden = self._run(ready._replace(layout=layout), len(tokens))
-        # Only where something is predicted: V numbers a place are many.
-        places = np.full(bucket(len(ids)), begin - 1)
-        places[: len(ids)] = np.arange(begin - 1, len(tokens) - 1)
-        targets = np.zeros(len(places), np.int32)
-        targets[: len(ids)] = ids
-        with self._on_mesh():
-            found, best = _next_scores(self.graph, self.params, hidden[places], targets)
-        found, best = np.asarray(found)[: len(ids)], np.asarray(best)[: len(ids)]
-        return Score(
-            float(found.sum(dtype=np.float32)),
-            len(ids),
-            size,
-            bool((best == np.asarray(ids)).all()),
-        )
+        return example, longer, begin, size
+
+    def usage(self) -> dict[str, int | float]:
+        """Sums since the model was opened: tokens of prompts that were computed (`prompt_tokens`)
+        and that were found in the cache (`reused_tokens`), tokens of answers (`new_tokens`),
+        `prefill_seconds` and `decode_seconds` without compiling, the `compile_seconds` of both, and
+        all `compilations` of this process."""
+        return {
+            **dataclasses.asdict(self._engine.usage),
+            "compilations": compiled().number - self._compilations,
+        }
+
+    def forget(self) -> None:
+        """Gives the memory of keys and values back; the next call computes anew."""
+        self._engine.forget()
 
     def _ready(self, prompt: Any) -> PatchedExample:
         example = self.processor.example(prompt)
@@ -244,141 +321,3 @@ class PretrainedModel:
 
     def _on_mesh(self):
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
-
-
-def load(
-    path: str | Path,
-    *,
-    dtype: str = "float32",
-    mesh: MeshConfig | None = None,
-    pad_value: int | None = None,
-    tokenizer: str | Path | None = None,
-) -> PretrainedModel:
-    """Opens a model.
-
-    Args:
-      path: a Hugging Face folder (`config.json`, safetensors, tokenizer) of Fuyu, Persimmon,
-        Llama, Mistral, Qwen2, Qwen2.5 or Qwen3; a work folder of train.py or one of its
-        checkpoints; or, where `huggingface_hub` is installed, a hub id.
-      dtype: of parameters and computation, "float32" or "bfloat16".
-      mesh: devices that the parameters are sharded over; without it one.
-      pad_value: of the edge of images, 0 to 255, if not the folder's own (Hugging Face's files
-        say 1; Adept's own program has white, 255).
-      tokenizer: a file, if not the folder's own.
-
-    Raises:
-      UserError: no such folder, or something in it that cannot be read; says what and where.
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f'dtype="{dtype}": "float32" or "bfloat16"')
-    if pad_value is not None and not 0 <= pad_value <= 255:
-        raise UserError(f"pad_value={pad_value}: give 0 to 255")
-    folder = _folder(path)
-    own = is_work_folder(folder)
-    opened = _open_own(folder, dtype, mesh) if own else _open_theirs(folder, dtype, mesh, tokenizer)
-    if pad_value is not None:
-        policy = dataclasses.replace(opened.processor.policy, pad_value=pad_value)
-        opened.processor = Processor(opened.tokenizer, policy)
-    return opened
-
-
-def _folder(path: str | Path) -> Path:
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder}: a file; give the folder that it lies in")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        raise UserError(f"{folder}: no such folder")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(
-            f"{path}: no such folder; for a hub id, pip install huggingface_hub"
-        ) from None
-    try:
-        found = huggingface_hub.snapshot_download(
-            str(path),
-            allow_patterns=list(_HUB_FILES),
-            ignore_patterns=["consolidated*"],  # the same weights once more, under other names
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: no such folder, and not had from the hub ({reason})") from None
-    if not any(Path(found).glob("*.safetensors")):
-        raise UserError(
-            f"{path}: no *.safetensors on the hub; weights as pickles (.bin, .pt) run code when "
-            "they are loaded, and are not read"
-        )
-    return Path(found)
-
-
-def _open_own(folder: Path, dtype: str, mesh: MeshConfig | None) -> PretrainedModel:
-    def change(config):
-        model = dataclasses.replace(config.model, dtype=dtype)
-        return dataclasses.replace(config, model=model, mesh=mesh or MeshConfig())
-
-    loaded = load_checkpoint(folder, change)
-    params = loaded.params
-    if dtype != "float32":
-        params = jax.tree.map(lambda x: x.astype(dtype), params)
-    eos = _answer_ends(loaded.tokenizer, _ends(loaded.workdir / KEPT, None))
-    config = loaded.config.model
-    config = dataclasses.replace(
-        config, vocab_size=config.vocab_size or loaded.tokenizer.vocab_size
-    )
-    processor = Processor(loaded.tokenizer, loaded.policy)
-    made = make_mesh(loaded.config.mesh)
-    return PretrainedModel(processor, config, loaded.graph, params, eos, made)
-
-
-def _open_theirs(
-    folder: Path, dtype: str, mesh: MeshConfig | None, tokenizer: str | Path | None
-) -> PretrainedModel:
-    described = describe(folder)
-    config = dataclasses.replace(described.config, dtype=dtype)
-    made = make_mesh(mesh) if mesh else None
-    if not tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        opened: Tokenizer = NoTokenizer(folder, config.vocab_size, described.image_token_id)
-    else:
-        opened = (Tokenizer if described.fuyu else TextTokenizer)(tokenizer or folder)
-    if opened.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {opened.vocab_size} pieces, the model {config.vocab_size}"
-        )
-    params, _ = read_params(folder, config, made, dtype=dtype)
-    graph, _ = nnx.split(
-        nnx.eval_shape(
-            lambda: make_decoder(config, image_id=opened.image_id, newline_id=opened.newline_id)
-        )
-    )
-    eos = _answer_ends(opened, _ends(folder, described.raw))
-    processor = Processor(opened, image_policy(folder, config.patch_size))
-    return PretrainedModel(processor, config, graph, params, eos, made)
-
-
-def _answer_ends(tokenizer: Tokenizer, named: tuple[int, ...]) -> tuple[int, ...]:
-    """What ends an answer: what the files name, and `|ENDOFTEXT|`.
-
-    Fuyu's files name `</s>` (2), which it never says: its answers end with `|ENDOFTEXT|`.
-    """
-    own = (tokenizer.eos_id,) if tokenizer.eos_id >= 0 else ()
-    if named and tokenizer.answer_id is None:  # a text model's files are right
-        return named
-    return tuple(dict.fromkeys((*own, *named)))
-
-
-def _ends(folder: Path, config: dict[str, Any] | None) -> tuple[int, ...]:
-    """What `generation_config.json`, or else the model's config, says to end an answer."""
-    file = folder / "generation_config.json"
-    for found, where in ((read_json(file), file), (config or {}, folder / "config.json")):
-        text = found.get("text_config")
-        for place in (found, text if isinstance(text, dict) else {}):
-            ends = place.get("eos_token_id")
-            if ends is None:
-                continue
-            ends = ends if isinstance(ends, list) else [ends]
-            if not all(type(end) is int for end in ends):
-                raise UserError(f'{where}: "eos_token_id" is {ends}, not token ids')
-            return tuple(ends)
-    return ()
