@@ -8,7 +8,7 @@ choice), or for a document `logprobs: [sum]` and `tokens`.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase as LETTERS
@@ -72,6 +72,7 @@ def read_records(
     skip_bad: bool = False,
     image_dir: str | Path | None = None,
     limit: int = 0,
+    check: Callable[[Record], str] | None = None,
 ) -> tuple[list[Record], list[Skipped]]:
     """Reads and checks all lines.
 
@@ -82,6 +83,7 @@ def read_records(
       skip_bad: leave bad lines out and list them, with all others of their groups.
       image_dir: where image paths begin; the file's own folder if not given.
       limit: records at most; 0: all. The group of the last one is completed.
+      check: why else a record cannot be used; "" if it can.
 
     Raises:
       UserError: `FILE:LINE: …` for the first bad line, or none can be used.
@@ -107,6 +109,8 @@ def read_records(
             first_line[id] = line
             record = _record(raw, id, line, folder, missing_ok=predicted)
             _fits(record, raw, forms, predicted)
+            if check is not None and (why := check(record)):
+                raise _BadLine(why)
         except _BadLine as error:
             bad(line, id, str(error))
         else:

@@ -13,6 +13,7 @@ from fuyu_jax.errors import UserError
 from fuyu_jax.evals.judge import exact_match, is_correct, summarise
 from fuyu_jax.evals.sheet import save_sheet
 from fuyu_jax.generate.engine import Engine
+from fuyu_jax.parallel import hosts
 from fuyu_jax.tokenizer import Tokenizer
 
 SAMPLES_FILE = "samples.jsonl"
@@ -119,6 +120,8 @@ def run(
         "samples_per_second": len(samples) / seconds,
         **summarise(samples),
     }
+    if not hosts.first():  # it has the same, and writes it
+        return metrics
     out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
     write_whole(out / SAMPLES_FILE, lines)
