@@ -159,17 +159,24 @@ def main() -> None:
                 flush=True,
             )
 
-    print("\nA decoding step of 16 rows by the tokens that they hold, in a cache of one size:\n")
-    print("| tokens in all rows | ms a step |\n|---|---|")
-    for tokens in (100, 400, 1600):
-        rows = [[rng.integers(1000, VOCABULARY, tokens).tolist()] for _ in range(16)]
-        ours.generate(rows, 33, batch_size=16, eos_ids=())
-        times = []
-        for _ in range(5):
-            before = ours.usage()
+    print("\nA decoding step of 16 rows by the tokens that they hold:\n")
+    print("| rows | tokens in all | longest × 16 | ms a step |\n|---|---|---|---|")
+    cases = {f"16 of {n}": [n] * 16 for n in (100, 400, 1600)}
+    cases["one of 6,000, 15 of 27"] = [6000, *[27] * 15]
+    rows_of = {
+        k: [[rng.integers(1000, VOCABULARY, n).tolist()] for n in v] for k, v in cases.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(6):
+        for name, rows in rows_of.items():
+            before = ours.usage()["decode_seconds"]
             ours.generate(rows, 33, batch_size=16, eos_ids=())
-            times.append(ours.usage()["decode_seconds"] - before["decode_seconds"])
-        print(f"| {16 * tokens} | {statistics.median(times) / 32 * 1e3:.1f} |", flush=True)
+            if turn:
+                times[name].append(ours.usage()["decode_seconds"] - before)
+    for name, lengths_of in cases.items():
+        each = statistics.median(times[name]) / 32 * 1e3
+        total = sum(lengths_of)
+        print(f"| {name} | {total:,} | {16 * max(lengths_of):,} | {each:.1f} |", flush=True)
 
     ours.forget()
     before = compiled()
