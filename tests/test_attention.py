@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from fuyu_jax.errors import UserError
 from fuyu_jax.model import attention as attention_module
@@ -253,11 +254,14 @@ def test_gpu_kernels_are_lowered_to_triton(heads, kv_heads, width):
     q, kv = (jax.ShapeDtypeStruct((2, size, h, width), jnp.bfloat16) for h in (heads, kv_heads))
     ids = jax.ShapeDtypeStruct((2, size), jnp.int32)
     kernel = "__gpu$xla.gpu.triton"
-    text = export.export(
-        jax.jit(jax.grad(total, (0, 1, 2))),
-        platforms=["cuda"],
-        disabled_checks=[export.DisabledSafetyCheck.custom_call(kernel)],
-    )(q, kv, kv, ids).mlir_module()
+    # From jax 0.12 on the lowering asks which GPU it is for.
+    gpu = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100", None, "gpu"))
+    with use_abstract_mesh(gpu):
+        text = export.export(
+            jax.jit(jax.grad(total, (0, 1, 2))),
+            platforms=["cuda"],
+            disabled_checks=[export.DisabledSafetyCheck.custom_call(kernel)],
+        )(q, kv, kv, ids).mlir_module()
     assert text.count(f"@{kernel}") == 3
     outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text)  # the kernels are strings
     assert f"tensor<2x{size}x" in outside

@@ -115,10 +115,7 @@ def test_64_greedy_tokens_are_theirs_batched_and_alone(fuyu):
         assert [a.tokens for a in found] == alone
 
 
-@pytest.mark.parametrize(
-    ("beams", "penalty", "ends"),
-    [(2, 1.0, 1), (4, 1.0, 40), (4, 0.0, 40), (3, 2.0, 40), (5, 1.0, 3)],
-)
+@pytest.mark.parametrize(("beams", "penalty", "ends"), [(2, 1.0, 1), (4, 0.0, 40), (3, 2.0, 40)])
 def test_beams_find_their_answers(fuyu, beams, penalty, ends):
     theirs, ours = fuyu
     # Of so many ids each ends an answer, so that finished and unfinished ones compete.

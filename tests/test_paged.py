@@ -1,6 +1,7 @@
 """Attention over pages against a dense computation, and decoding against the whole pass."""
 
 import dataclasses
+import time
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,29 @@ def test_a_new_token_sees_its_pages_and_itself(window):
             values = np.concatenate([values, v[row][None]])[-window:]
             # Sums of 700 terms in float32.
             np.testing.assert_allclose(got[row], dense(q[row], keys, values)[0], atol=2e-6)
+
+
+def test_a_step_costs_what_the_rows_hold():
+    """As many tokens, evenly over 16 rows or nearly all in one: 16 × the longest is 15 times more
+    in the second; four times as many tokens cost more."""
+    pages, size, rng = 1024, 64, np.random.default_rng(1)
+    cache = PagedCache.empty(1, pages, KV, size, jnp.float32)
+    table = rng.integers(1, pages, (16, 256)).astype(np.int32)
+    q, k, v = (jnp.asarray(rng.normal(size=(16, n, size)), jnp.float32) for n in (HEADS, KV, KV))
+    layer = jnp.int32(0)
+    cases = [[400] * 16, [6000, *[27] * 15], [1600] * 16]
+    step = jax.jit(lambda table, n: decode_attention(q, k, v, cache, layer, table, n, scale=SCALE))
+    times = [[] for _ in cases]
+    for turn in range(11):
+        for case, spent in zip(cases, times, strict=True):
+            args = on_device(table, np.array(case, np.int32))
+            began = time.perf_counter()
+            step(*args).block_until_ready()
+            if turn:
+                spent.append(time.perf_counter() - began)
+    even, uneven, more = (min(spent) for spent in times)
+    assert uneven < 1.5 * even  # what was promised; equal but for rounding to pages
+    assert more > 2 * even  # or it would not be attention that was timed
 
 
 @pytest.mark.parametrize("window", [0, 50])

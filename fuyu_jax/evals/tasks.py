@@ -123,6 +123,12 @@ def _tasks() -> list[Task]:
     )
     return [
         Task("vqav2", "ten people's answers", forms.PEOPLE, vqa.metric(), _SHORT),
+        *(
+            Task(
+                name, f"ten people's answers, {name} first", forms.PEOPLE, vqa.metric(name), _SHORT
+            )
+            for name in ("vqa_official", "vqa_normalised")
+        ),
         Task(
             "okvqa", "ten people's answers, outside knowledge", forms.PEOPLE, vqa.metric(), _SHORT
         ),

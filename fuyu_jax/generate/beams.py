@@ -198,7 +198,7 @@ def _step(
             works += [*beams, *([None] * (width - len(beams)))]
             pairs += [(0, 0)] * (width - len(beams))
     source, target = np.asarray(pairs, np.int32).T
-    began = time.perf_counter()
+    began = session.finish_prefill()
     assert session.cache is not None
     with session.calling() as compiling:
         session.cache, found = programs.beam_step(

@@ -322,6 +322,15 @@ class Session:
         self.usage.prefill_seconds += time.perf_counter() - began - sum(compiling)
         return came, True
 
+    def finish_prefill(self) -> float:
+        """Waits for a chunk in which no prompt ended, which runs on by itself: its seconds are not
+        decoding's. Returns when that was."""
+        began = time.perf_counter()
+        jax.block_until_ready(self.cache)
+        now = time.perf_counter()
+        self.usage.prefill_seconds += now - began
+        return now
+
     def _decode(
         self,
         params: Any,
@@ -332,15 +341,16 @@ class Session:
         sampled: bool,
     ) -> None:
         """Decodes all rows for a while; works grow by what is said."""
-        began = time.perf_counter()
         flat = [work for row in slots for work in row]
+        rows = self.rows_of(flat)
+        began = self.finish_prefill()
         assert self.cache is not None
         with self.calling() as compiling:
             self.cache, out = programs.decode(
                 self.graph,
                 params,
                 self.cache,
-                self.rows_of(flat),
+                rows,
                 drawing,
                 self.everywhere(np.int32(steps)),
                 self.everywhere(np.int32(leave)),

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from fuyu_jax.config import MeshConfig
 from fuyu_jax.errors import UserError
 from fuyu_jax.parallel.hosts import row_share
+from fuyu_jax.parallel.memory import keep_freed_memory
 from fuyu_jax.parallel.shapes import AXES, mesh_sizes, nearest_on_torus, told
 
 
@@ -18,8 +19,10 @@ def use_cpu_cores(rows_per_batch: int, processes: int = 1) -> None:
     """Makes one CPU device of each core, as far as rows divide; no effect on GPU and TPU.
 
     XLA runs one CPU program on one core but for its large matrix products; rows over devices keep
-    all cores busy. Must come before JAX is first used; a number set from outside stays.
+    all cores busy. Also keeps freed memory (`parallel/memory.py`). Must come before JAX is first
+    used; a number set from outside stays.
     """
+    keep_freed_memory()
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     if "JAX_NUM_CPU_DEVICES" in os.environ:
