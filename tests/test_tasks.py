@@ -48,6 +48,8 @@ CHOICES = {"choices": ["u", "v"], "answers": ["v"]}
 BOX = {"boxes": [[1, 1, 5, 5]], "prediction": "<box>1, 1, 5, 5</box>"}
 RIGHT = {
     "vqav2": [PEOPLE],
+    "vqa_official": [PEOPLE],
+    "vqa_normalised": [PEOPLE],
     "okvqa": [PEOPLE],
     "textvqa": [PEOPLE],
     "docvqa": [SHORT],
@@ -95,6 +97,15 @@ def test_each_task_scores_right_answers(tmp_path, name):
     assert [s["id"] for s in scored.samples[name]] == [line["id"] for line in lines]
     assert all(s["score"] == 1 and not s["parse_failed"] for s in scored.samples[name])
     json.dumps([scored.metrics, scored.samples], allow_nan=False)
+
+
+def test_the_two_ways_of_vqa_differ_where_people_agree(tmp_path):
+    """All ten say "Two.": the official script compares texts as they are, the other normalises."""
+    path = write(tmp_path, [{"id": "a", "answers": ["Two."] * 10, "prediction": "2"}])
+    found = score_file(path, "vqa_official,vqa_normalised,vqav2,textvqa")
+    mains = {name: m["scores"][m["main"]] for name, m in found.metrics.items()}
+    assert mains == {"vqa_official": 0, "vqa_normalised": 1, "vqav2": 0, "textvqa": 1}
+    assert {name: lines[0]["score"] for name, lines in found.samples.items()} == mains
 
 
 @pytest.mark.parametrize(
