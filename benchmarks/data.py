@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image as PilImage
+from timing import in_turn
 
 from fuyu_jax.config import DataConfig
 from fuyu_jax.data.example import Example, Text, open_image
@@ -62,15 +63,6 @@ def median(run: Callable[[], object], repeats: int) -> float:
         run()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds)
-
-
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of several, one after the other in each round, so that noise meets all."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            seconds[name].append(median(run, 1))
-    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 def theirs(encoded: list[bytes]) -> Callable[[], object] | None:
@@ -144,7 +136,7 @@ def main() -> None:
         other = theirs(encoded)
         if other is not None:
             runs["theirs"] = other
-        s = in_turn(runs, args.repeats)
+        s = in_turn(runs, args.repeats, warm=0)
         rates = {k: count / v for k, v in s.items()}
         line = f"| {name} | {rates['bare']:.0f}/s | {rates['rows']:.0f}/s "
         line += f"| {rates['rows'] / rates['bare']:.2f} | "

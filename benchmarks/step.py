@@ -10,29 +10,15 @@ in turn in every round. Times are medians; operations are the model's, as in doc
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from timing import in_turn
 
 from fuyu_jax.parallel.mesh import use_cpu_cores
 
 IMAGE, NEWLINE = 1, 2
-
-
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, after one run that is not counted (compilation)."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 def packed_rows(rng: np.random.Generator, args: argparse.Namespace, channels: int):
@@ -195,7 +181,7 @@ def main() -> None:
             theirs = their_step(config, batch) if kind == "dense" else None
             if theirs:
                 runs["theirs"] = theirs
-            seconds = in_turn(runs, args.repeats)
+            seconds = in_turn(runs, args.repeats, warm=3)
             lengths = flops.segment_lengths(batch.segment_ids)
             work = flops.Work(
                 float(lengths.sum()),

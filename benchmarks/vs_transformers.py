@@ -2,7 +2,8 @@
 
 python benchmarks/vs_transformers.py [--dim=512 --layers=8 --examples=64 --repeats=3]
 
-One process, both programs in turn in every round, medians, float32, all cores for both. Examples
+One process, both programs in turn in every round, medians (after three rounds of training that are
+not counted: the heap that they share grows until then), float32, all cores for both. Examples
 are images of mixed sizes, each with a question and an answer. Theirs are padded to the longest of a
 batch, as its users run it (on the left to generate, on the right to train); ours are packed into
 rows to train, and batched by length to generate. Preparing images is not part of either time.
@@ -10,13 +11,11 @@ rows to train, and batched by length to generate. Preparing images is not part o
 
 import argparse
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from timing import in_turn
 
 from fuyu_jax.parallel.mesh import use_cpu_cores
 
@@ -24,19 +23,6 @@ ROWS = 2  # of a step of ours; one a core
 BATCH = 8  # of theirs
 PATCH = 30
 VOCABULARY = 4096  # a tenth of the model's work at the default sizes, as in Fuyu-8B
-
-
-def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, after one run that is not counted (compilation)."""
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(s) for name, s in seconds.items()}
 
 
 def main() -> None:
@@ -183,7 +169,7 @@ def main() -> None:
         f"({1 - real / len(rows) / 2048:.0%})",
         flush=True,
     )
-    s = in_turn({"ours": train_ours, "theirs": train_theirs}, args.repeats)
+    s = in_turn({"ours": train_ours, "theirs": train_theirs}, args.repeats, warm=3)
     print("| | ours | transformers | ours / theirs |\n|---|---|---|---|")
     a, b = len(photos) / s["ours"], len(photos) / s["theirs"]
     print(f"| training, examples/s | {a:.2f} | {b:.2f} | {a / b:.2f} |", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _SETTINGS = (
     (_MMAP_MAX, 0),  # large blocks come from the heap, which stays
-    (_TRIM_THRESHOLD, 2**31 - 1),  # and is not given back at its end
+    (_TRIM_THRESHOLD, -1),  # and is never given back at its end
     (_TOP_PAD, 64 * 2**20),
     (_ARENA_MAX, 1),  # one heap for all threads: the others cannot keep large blocks
 )
