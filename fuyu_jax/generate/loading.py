@@ -14,6 +14,7 @@ from fuyu_jax.data.layout import LayoutPolicy
 from fuyu_jax.errors import UserError
 from fuyu_jax.generate.engine import Engine
 from fuyu_jax.interop.files import TOKENIZER_FILES, read_origin
+from fuyu_jax.model.checking import backend_here, checked_backend
 from fuyu_jax.model.decoder import Decoder, make_decoder
 from fuyu_jax.parallel.mesh import make_mesh
 from fuyu_jax.text_tokenizer import NoTokenizer, TextTokenizer
@@ -80,10 +81,12 @@ def load_checkpoint(
       change: applied to the run's config.
 
     Raises:
-      UserError: no checkpoint there, or one of another model's shape.
+      UserError: no checkpoint there, one of another model's shape, or attention that is wrong here.
     """
     workdir, step = find_checkpoint(path)
     config = change(read_config(workdir))
+    config = dataclasses.replace(config, model=backend_here(config.model))
+    checked_backend(config.model)
     tokenizer = open_run_tokenizer(workdir, config.model.vocab_size)
     graph, shapes = nnx.split(nnx.eval_shape(model_maker(config, tokenizer)))
     params = read_checkpoint_params(workdir, step, shapes, make_mesh(config.mesh))

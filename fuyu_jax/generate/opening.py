@@ -16,6 +16,7 @@ from fuyu_jax.generate.pretrained import PretrainedModel
 from fuyu_jax.interop import describe, read_params
 from fuyu_jax.interop.files import KEPT, TOKENIZER_FILES, is_work_folder
 from fuyu_jax.interop.images import image_policy, read_json
+from fuyu_jax.model.checking import checked_backend
 from fuyu_jax.model.decoder import make_decoder
 from fuyu_jax.parallel.mesh import make_mesh
 from fuyu_jax.text_tokenizer import NoTokenizer, TextTokenizer
@@ -116,6 +117,7 @@ def _open_theirs(
     described = describe(folder)
     config = dataclasses.replace(described.config, dtype=dtype)
     made = make_mesh(mesh) if mesh else None
+    checked_backend(config)
     if not tokenizer and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         opened: Tokenizer = NoTokenizer(folder, config.vocab_size, described.image_token_id)
     else:

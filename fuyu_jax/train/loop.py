@@ -18,7 +18,7 @@ from fuyu_jax.errors import TrainingStoppedError, UserError
 from fuyu_jax.evals import runner
 from fuyu_jax.evals.judge import summarise
 from fuyu_jax.generate.engine import Engine
-from fuyu_jax.model.attention import choose_backend
+from fuyu_jax.model.checking import checked_backend
 from fuyu_jax.parallel import hosts
 from fuyu_jax.parallel.mesh import batch_sharding, host_rows, make_mesh
 from fuyu_jax.parallel.shapes import check_model, check_rows
@@ -77,7 +77,7 @@ class Trainer:
         check_model(self.mesh.shape, config.model)
         check_rows(self.mesh.shape, config.rows_per_batch)
         self.share, self.shares = host_rows(self.mesh)
-        self.backend = choose_backend(config.model.attention_backend)
+        self.backend = checked_backend(config.model)
         self.profiler = Profiler(self.workdir, config.profile_steps)
         opened = open_run(config, self.workdir, self.mesh)
         self.sources, self.data, self.begun_from = opened.sources, opened.data, opened.begun_from
