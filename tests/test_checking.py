@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from fuyu_jax.config import ModelConfig
@@ -17,13 +19,12 @@ def fresh():
     checking.compare.cache_clear()
 
 
-def replaced(monkeypatch, change=lambda out: out, **overrides):
+def replaced(monkeypatch, wrong=lambda out, q, k, v: out, start=lambda start: start):
     """The kernel is blockwise attention, with something wrong about it."""
 
     def kernel(q, k, v, keys, *, window, backend):
-        if "start" in overrides:
-            keys = keys._replace(start=overrides["start"](keys.start))
-        return change(attend(q, k, v, keys, window=window, backend="blockwise"))
+        keys = keys._replace(start=start(keys.start))
+        return wrong(attend(q, k, v, keys, window=window, backend="blockwise"), q, k, v)
 
     monkeypatch.setattr(checking, "attend", kernel)
     monkeypatch.setattr(checking, "choose_backend", lambda name, image_attention: "pallas")
@@ -39,13 +40,29 @@ def test_a_right_kernel_passes_and_is_told_once(monkeypatch, capsys, dtype, imag
     assert capsys.readouterr().out.count('backend "pallas" on this cpu is what the reference') == 1
 
 
-def test_a_wrong_kernel_does_not(monkeypatch):
-    replaced(monkeypatch, start=lambda start: start + (start > 0))  # one key too few
-    with pytest.raises(UserError, match=r"differs from the reference \(out by .*blockwise"):
-        checking.checked_backend(CONFIG)
-    checking.compare.cache_clear()
-    replaced(monkeypatch, lambda out: out.at[0, 3, 0, 0].set(float("nan")))
-    with pytest.raises(UserError, match="out by nan"):
+@jax.custom_jvp
+def spoilt(x):
+    """`x`, with a gradient that is not a number in one place."""
+    return x
+
+
+@spoilt.defjvp
+def _(primals, tangents):
+    return primals[0], tangents[0].at[0, 9].multiply(jnp.nan)
+
+
+@pytest.mark.parametrize(
+    ("told", "wrong"),
+    [
+        ("out by ", {"start": lambda start: start + (start > 0)}),  # one key too few
+        ("out by ", {"start": lambda start: jnp.where(start == 250, 249, start)}),  # one too many
+        ("out by nan", {"wrong": lambda out, q, k, v: out.at[0, 3, 0, 0].set(jnp.nan)}),
+        ("dv by nan", {"wrong": lambda out, q, k, v: out + 0 * spoilt(v).repeat(2, 2)}),
+    ],
+)
+def test_a_wrong_kernel_does_not(monkeypatch, told, wrong):
+    replaced(monkeypatch, **wrong)
+    with pytest.raises(UserError, match=rf"differs from the reference \(.*{told}.*blockwise"):
         checking.checked_backend(CONFIG)
 
 
