@@ -17,7 +17,7 @@ def faults(turns):
         np.ones(int(sys.argv[2]))  # of 8 bytes: 15,625 pages for 8 million
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults(2)
-print(kept, faults(3))
+print(kept, faults(2))
 """
 
 
@@ -41,7 +41,7 @@ def test_what_is_freed_is_kept():
     assert plain[1] > 100
     assert kept == (True, kept[1]) and kept[1] < plain[1] / 10
     # More than 2 GiB at the heap's end stay, too: what a step of a small model asks for.
-    assert run("keep", 300_000_000)[1] < plain[1] / 10
+    assert run("keep", 280_000_000)[1] < plain[1] / 10
 
 
 def test_not_for_accelerators_nor_over_what_is_set():
