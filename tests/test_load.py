@@ -20,6 +20,7 @@ from fuyu_jax.config import MeshConfig
 from fuyu_jax.data.example import split_answer
 from fuyu_jax.data.layout import lay_out
 from fuyu_jax.errors import UserError
+from fuyu_jax.generate.loading import load_checkpoint
 from fuyu_jax.patches import normalise
 from fuyu_jax.train import Trainer
 
@@ -371,6 +372,22 @@ def test_a_work_folder_without_image_tokens(tmp_path):
     ours = fuyu_jax.load(tmp_path / "run")
     there = fuyu_jax.load(folder)
     np.testing.assert_array_equal(ours.logits(["A bus"]), there.logits(["A bus"]))
+
+
+def test_a_run_with_the_attention_of_another_machine(tmp_path, capsys):
+    """What it was trained with is replaced here, and told; what is asked for is not."""
+    folder, run = tmp_path / "text", tmp_path / "run"
+    size = Tokenizer(extend_tokenizer(llama_json(folder), tmp_path / "more").tokenizer.path)
+    model = text_model("llama", vocab_size=size.vocab_size)
+    to_work_folder(save(model, folder), run, image_tokens=False)
+    expected = fuyu_jax.load(run).logits(["A bus"])
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["attention_backend"] = "splash"
+    (run / "config.json").write_text(json.dumps(config))
+    np.testing.assert_array_equal(fuyu_jax.load(run).logits(["A bus"]), expected)
+    assert 'backend "splash" runs on TPU and this is cpu' in capsys.readouterr().out
+    with pytest.raises(UserError, match='backend "pallas" runs on GPU and this is cpu'):
+        load_checkpoint(run, lambda c: config_lib.replace(c, {"model.attention_backend": "pallas"}))
 
 
 def test_a_hub_id(fuyu, tmp_path, monkeypatch):

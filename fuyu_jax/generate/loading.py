@@ -84,8 +84,8 @@ def load_checkpoint(
       UserError: no checkpoint there, one of another model's shape, or attention that is wrong here.
     """
     workdir, step = find_checkpoint(path)
-    config = change(read_config(workdir))
-    config = dataclasses.replace(config, model=backend_here(config.model))
+    saved = read_config(workdir)
+    config = change(dataclasses.replace(saved, model=backend_here(saved.model)))
     checked_backend(config.model)
     tokenizer = open_run_tokenizer(workdir, config.model.vocab_size)
     graph, shapes = nnx.split(nnx.eval_shape(model_maker(config, tokenizer)))
