@@ -7,12 +7,11 @@ and for rows of many segments (the dense form takes them as a mask of S×S).
 """
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import in_turn
 
 from fuyu_jax.model.attention import attend, dense_mask, key_range
 
@@ -28,19 +27,6 @@ def segments(rows: int, size: int, length: int, rng: np.random.Generator) -> jax
             row[at : at + step] = number
             at += step
     return jnp.asarray(ids)
-
-
-def in_turn(functions, args, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each function, called one after the other so that drift is shared."""
-    times = {name: [] for name in functions}
-    for function in functions.values():
-        jax.block_until_ready(function(*args))
-    for _ in range(repeats):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            jax.block_until_ready(function(*args))
-            times[name].append(time.perf_counter() - began)
-    return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -72,7 +58,11 @@ def main() -> None:
                 lambda f: jax.jit(jax.grad(lambda *a: f(*a).sum(), (0, 1, 2))),
             ),
         ):
-            ms = in_turn({"dense": wrap(dense), "ours": wrap(ours)}, (q, k, v), args.repeats)
+            runs = {
+                name: lambda f=f: jax.block_until_ready(f(q, k, v))
+                for name, f in (("dense", wrap(dense)), ("ours", wrap(ours)))
+            }
+            ms = {name: 1e3 * s for name, s in in_turn(runs, args.repeats).items()}
             print(
                 f"{name}, {what}: dense {ms['dense']:.0f} ms, blockwise {ms['ours']:.0f} ms, "
                 f"ratio {ms['dense'] / ms['ours']:.1f} (largest difference {worst:.1e})"
